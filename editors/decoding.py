@@ -1,0 +1,122 @@
+"""Decode from a model: the words that people see, and that verdicts are made of.
+
+Greedy unless asked otherwise. Sampling draws from a generator of its own (Gumbel-max over transformers' own
+temperature and top-p), so that a seed gives the same text whatever runs beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from editors.text import encode
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A decoded continuation. finish_reason: `stop` at the end-of-sequence token, else `length`."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature > 0, 0 < top_p <= 1; equal seeds give equal texts."""
+
+    temperature: float
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Turns the arg max that follows into a sample of the softmax."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        exponential = torch.empty(scores.shape).exponential_(generator=self._generator)
+        return scores - exponential.log().to(scores.device)
+
+
+def generate(
+    model: PreTrainedModel | nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+) -> Generation:
+    """Continue one prompt. Raises EmptyTextError when it has no tokens."""
+    processors = LogitsProcessorList()
+    if sampling:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_GumbelNoise(sampling.seed))
+    ids = encode(tokenizer, prompt).prompt
+    (new,) = _continue(model, tokenizer, [ids], max_new_tokens, processors)
+    return _finish(tokenizer, len(ids), new)
+
+
+def generate_batch(
+    model: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[Generation]:
+    """Continue several prompts greedily in one batch, padded on the left."""
+    batch = [encode(tokenizer, prompt).prompt for prompt in prompts]
+    new = _continue(model, tokenizer, batch, max_new_tokens, LogitsProcessorList())
+    return [_finish(tokenizer, len(ids), row) for ids, row in zip(batch, new, strict=True)]
+
+
+def continue_greedily(
+    model: PreTrainedModel | nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """New tokens of each prompt, up to and with the end-of-sequence token."""
+    rows = _continue(model, tokenizer, prompts, max_new_tokens, LogitsProcessorList())
+    return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
+
+
+@torch.inference_mode()
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    processors: LogitsProcessorList,
+) -> list[list[int]]:
+    width = max(len(ids) for ids in batch)
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=processors,
+        pad_token_id=pad,
+    )
+    return [row[width:] for row in written.tolist()]
+
+
+def _finish(tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, new: list[int]) -> Generation:
+    ends = [place for place, token in enumerate(new) if token == tokenizer.eos_token_id]
+    kept = new[: ends[0]] if ends else new
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    return Generation(text, "stop" if ends else "length", prompt_tokens, len(kept))

@@ -1,0 +1,99 @@
+"""Every error that editing can raise.
+
+    EditorsError
+    ├── BaseModelError              the base model cannot be read
+    │   ├── BaseModelNotFound
+    │   └── BaseModelUnreadable     truncated, damaged or not a model
+    ├── CheckpointError             an editor checkpoint cannot be used
+    │   ├── CheckpointNotFound
+    │   ├── CheckpointUnreadable
+    │   └── BaseModelMismatch       trained for another base model
+    ├── DataFileError               a data file cannot be read (names the record and the field)
+    ├── TargetsError                no such layers, or layers that must not be edited
+    ├── EmptyTextError              a prompt or correction without tokens
+    ├── TrainingDiverged            NaN or infinity in a loss; the last good checkpoint is kept
+    └── StateError                  the exact state cannot take these factors
+        ├── FactorsCorrupt          bytes that are not the factors they claim to be
+        └── StateOverflow           outside the grid of the accumulators
+
+Errors carry facts as attributes and a stable `code`; they know nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+
+class EditorsError(Exception):
+    """Base of all errors of this package. `facts` is what a caller may show or log."""
+
+    code = "editors_error"
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+class BaseModelError(EditorsError):
+    code = "base_model_error"
+
+
+class BaseModelNotFound(BaseModelError):
+    code = "base_model_not_found"
+
+
+class BaseModelUnreadable(BaseModelError):
+    code = "base_model_unreadable"
+
+
+class CheckpointError(EditorsError):
+    code = "checkpoint_error"
+
+
+class CheckpointNotFound(CheckpointError):
+    code = "checkpoint_not_found"
+
+
+class CheckpointUnreadable(CheckpointError):
+    code = "checkpoint_unreadable"
+
+
+class BaseModelMismatch(CheckpointError):
+    """The editor was trained for another base model; using it would give arbitrary edits."""
+
+    code = "base_model_mismatch"
+
+    def __init__(self, trained_for: str, loaded: str) -> None:
+        super().__init__(
+            f"this editor was trained for the base model with digest {trained_for}, "
+            f"but the loaded base model has digest {loaded}; "
+            "load that base model, or train an editor for this one with `mend train`",
+            trained_for=trained_for,
+            loaded=loaded,
+        )
+
+
+class DataFileError(EditorsError):
+    code = "data_file_error"
+
+
+class TargetsError(EditorsError):
+    code = "targets_error"
+
+
+class EmptyTextError(EditorsError):
+    code = "empty_text"
+
+
+class TrainingDiverged(EditorsError):
+    code = "training_diverged"
+
+
+class StateError(EditorsError):
+    code = "state_error"
+
+
+class FactorsCorrupt(StateError):
+    code = "factors_corrupt"
+
+
+class StateOverflow(StateError):
+    code = "state_overflow"

@@ -1,0 +1,172 @@
+"""A trained editor on disk: a folder with `editor.safetensors` and its card, as JSON for programs and Markdown for people.
+
+The card says what the editor was trained for and on, by which command, and what it measured. The networks' matrices
+are stored in float16 (training ends by measuring the stored ones), everything else in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from editors.base_model import BaseModel
+from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
+from editors.mend.editor import MendEditor
+from editors.targets import Target
+
+WEIGHTS = "editor.safetensors"
+CARD = "card.json"
+FORMAT = 1
+DEFAULT_MARGIN = 3.0
+"""Nats; chosen on validation data, where less costs paraphrases and more costs neighbours."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded editor. digest: `sha256:…` of its weights' file. aggregate: how its edits add up."""
+
+    editor: MendEditor
+    name: str
+    digest: str
+    aggregate: str
+    margin_nats: float
+    """Of the scale search: how far ahead each token of a correction should be (see `editors.scale`)."""
+    card: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, editor: MendEditor, base: BaseModel, facts: dict[str, Any]) -> None:
+    """Write the editor and its card, each replaced whole.
+
+    facts: what the trainer knows: data, configuration, command, results.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: _stored(name, tensor) for name, tensor in editor.state_dict().items()}
+    raw = save_tensors(tensors)
+    card = {
+        "format": FORMAT,
+        "name": folder.name,
+        "digest": _digest(raw),
+        "base_model": {"ref": base.ref, "digest": base.digest, "parameters": base.parameters},
+        "aggregate": "sum",
+        "margin_nats": DEFAULT_MARGIN,
+        "rank": editor.rank,
+        "targets": [asdict(target) for target in editor.targets],
+        **facts,
+    }
+    _replace(folder / WEIGHTS, raw)
+    write_card(folder, card)
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    """Write card.json and card.md."""
+    _replace(folder / CARD, (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+    _replace(folder / "card.md", _markdown(card).encode())
+
+
+def load_checkpoint(folder: str | Path, base: BaseModel) -> Checkpoint:
+    """Load an editor for a base model.
+
+    Raises CheckpointNotFound, CheckpointUnreadable, or BaseModelMismatch when it was trained for another model.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    if card["base_model"]["digest"] != base.digest:
+        raise BaseModelMismatch(trained_for=card["base_model"]["digest"], loaded=base.digest)
+    path = folder / WEIGHTS
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointNotFound(f"{path} is missing; fetch the checkpoint again", file=str(path)) from error
+    if _digest(raw) != card["digest"]:
+        raise CheckpointUnreadable(
+            f"{path} has the digest {_digest(raw)}, its card says {card['digest']}: "
+            "the file is damaged or belongs to another card; fetch the checkpoint again",
+            file=str(path),
+        )
+    editor = MendEditor([Target(**target) for target in card["targets"]], card["rank"])
+    try:
+        tensors = load_tensors(raw)
+        template = editor.state_dict()
+        editor.load_state_dict({name: tensor.to(template[name].dtype) for name, tensor in tensors.items()})
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointUnreadable(f"{path} does not hold the editor of its card ({error})", file=str(path)) from error
+    editor.requires_grad_(False).eval().to(base.device)
+    return Checkpoint(editor, card["name"], card["digest"], card["aggregate"], card["margin_nats"], card)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card of a checkpoint folder. Raises CheckpointNotFound or CheckpointUnreadable."""
+    path = folder / CARD
+    try:
+        card = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointNotFound(
+            f"there is no editor checkpoint in {folder} ({CARD} is missing); train one with `mend train`, "
+            "or point MEND_EDITOR at a folder that holds one",
+            file=str(path),
+        ) from error
+    except ValueError as error:
+        raise CheckpointUnreadable(
+            f"{path} is not JSON ({error}); fetch the checkpoint again", file=str(path)
+        ) from error
+    missing = {"format", "digest", "base_model", "aggregate", "margin_nats", "rank", "targets"} - set(card)
+    if missing or card["format"] != FORMAT:
+        problem = f"lacks {', '.join(sorted(missing))}" if missing else f"has format {card['format']}, not {FORMAT}"
+        raise CheckpointUnreadable(f"{path} {problem}", file=str(path))
+    return card
+
+
+def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    matrix = name.endswith((".u", ".v"))
+    return tensor.detach().cpu().to(torch.float16 if matrix else tensor.dtype).contiguous()
+
+
+def _digest(raw: bytes) -> str:
+    return f"sha256:{hashlib.sha256(raw).hexdigest()}"
+
+
+def _replace(path: Path, raw: bytes) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_bytes(raw)
+    os.replace(draft, path)
+
+
+def _markdown(card: dict[str, Any]) -> str:
+    """The card for people: one table per section, and the measured results as they were reported."""
+    base = card["base_model"]
+    lines = [
+        f"# {card['name']}",
+        "",
+        f"A MEND editor (arXiv:2110.11309) for `{base['ref']}`, {len(card['targets'])} weights, rank {card['rank']}. "
+        f"Several edits add up by `{card['aggregate']}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | `{base['digest']}` |",
+        f"| editor | `{card['digest']}` |",
+        *(
+            f"| {role} data | {entry['name']} ({entry['layout']}, {entry['examples']} examples), `sha256:{entry['digest']}` |"
+            for role in ("training", "validation")
+            for entry in card.get(f"{role}_data", [])
+        ),
+    ]
+    if "command" in card:
+        lines += ["", "Trained by:", "", "```", card["command"], "```"]
+    if "validation" in card:
+        lines += ["", "Validation during training (teacher-forced):", "", "| figure | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.3f} |" for name, value in card["validation"].items()]
+    for result in card.get("results", []):
+        lines += ["", f"Measured by `{result['command']}`:", "", result["table"]]
+    if "config" in card:
+        lines += ["", "Configuration:", "", "| option | value |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in card["config"].items()]
+    return "\n".join(lines) + "\n"

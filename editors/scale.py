@@ -1,0 +1,79 @@
+"""How strongly an edit should be applied: the smallest scale at which it takes.
+
+An editor's output is a direction with a typical length. Some corrections need less of it, and every bit more than
+needed is paid in locality; some need more. All scales of a grid are tried at once, as rows of one batch over the
+upper blocks, before any weight is touched.
+
+An edit takes at a scale when the model, reading the prompt, prefers each token of the correction over every other
+by at least `margin` nats; 0 is what greedy decoding needs, more buys generality to other wordings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editors.text import Tokens
+from editors.views import UpperBlocks, edited
+
+SCALES = tuple(2 ** (step / 4) for step in range(-10, 9))
+"""0.18 to 4, in steps of a quarter octave."""
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """Margins of one edit over `SCALES`, in nats. margins: (scales,), negative where it does not take."""
+
+    margins: tuple[float, ...]
+
+    def order(self, margin: float) -> list[int]:
+        """Indexes of the scales worth trying, best first.
+
+        First the smallest that takes with the margin and those above it; where none has the margin, the one that
+        comes nearest to it; never one that does not take.
+        """
+        enough = [index for index, value in enumerate(self.margins) if value >= margin]
+        if enough:
+            return enough
+        taking = [index for index, value in enumerate(self.margins) if value > 0]
+        return sorted(taking, key=lambda index: -self.margins[index])
+
+    def smaller(self, index: int) -> list[int]:
+        """Scales below `index` at which the edit still takes, largest first: what a broken budget leaves."""
+        return [lower for lower in range(index - 1, -1, -1) if self.margins[lower] > 0]
+
+
+@torch.no_grad()
+def search_scale(
+    upper: UpperBlocks, hidden: Tensor, tokens: Tokens, rows: Mapping[str, tuple[Tensor, Tensor]]
+) -> ScaleSearch:
+    """Try every scale of the grid.
+
+    upper: blocks of the model as it is without the edit. hidden: (1, tokens, width) for `tokens.inputs`.
+    rows: the edit, by the name of its target in `upper.targets`: u (rows, d_in), delta (rows, d_out).
+    """
+    scales = torch.tensor(SCALES, device=hidden.device)
+    count = len(scales)
+    factored = {
+        name: (u[None].expand(count, -1, -1), scales[:, None, None] * delta[None]) for name, (u, delta) in rows.items()
+    }
+    positions = list(tokens.scored)
+    where = (
+        torch.arange(count, device=hidden.device).repeat_interleave(len(positions)),
+        torch.tensor(positions, device=hidden.device).repeat(count),
+    )
+    with edited(upper.module, upper.targets, factored):
+        logits = upper.logits(hidden.expand(count, -1, -1), where)
+    margins = token_margins(logits, torch.tensor(tokens.target, device=hidden.device).repeat(count))
+    return ScaleSearch(tuple(margins.view(count, len(positions)).amin(1).tolist()))
+
+
+def token_margins(logits: Tensor, wanted: Tensor) -> Tensor:
+    """How far each wanted token is ahead of the best other one: (n, vocabulary), (n,) int64 -> (n,) in nats."""
+    logits = logits.float()
+    own = logits.gather(1, wanted[:, None])
+    others = logits.scatter(1, wanted[:, None], float("-inf")).amax(1)
+    return own[:, 0] - others

@@ -1,0 +1,46 @@
+"""What no route should have to think of: bodies that are too large, and query strings that are not UTF-8."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote_to_bytes
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import problem
+
+MAX_BODY_BYTES = 2_000_000
+
+
+class LimitsMiddleware:
+    """Refuses a body beyond MAX_BODY_BYTES as it arrives, whatever its headers say, and malformed query strings."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            unquote_to_bytes(scope.get("query_string", b"")).decode()
+        except UnicodeDecodeError as error:
+            answer = problem("invalid_utf8", f"the query string is not UTF-8 at byte {error.start}")
+            await answer(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+            answer = problem("body_too_large", f"the body may have {MAX_BODY_BYTES} bytes at most")
+            await answer(scope, receive, send)
+            return
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body may have {MAX_BODY_BYTES} bytes at most")
+            return message
+
+        await self.app(scope, limited, send)

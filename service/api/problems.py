@@ -1,0 +1,120 @@
+"""Every error as `application/problem+json` (RFC 9457), with a stable `code`.
+
+Domain errors carry a code and facts; the table here says which HTTP status each code means.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.api.schemas import Problem
+
+logger = logging.getLogger("mend.api")
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 2
+
+STATUS_BY_CODE = {
+    "malformed_body": 400,
+    "invalid_utf8": 400,
+    "not_found": 404,
+    "edit_not_found": 404,
+    "method_not_allowed": 405,
+    "already_rolled_back": 409,
+    "ledger_conflict": 409,
+    "revision_mismatch": 412,
+    "body_too_large": 413,
+    "invalid_request": 422,
+    "empty_text": 422,
+    "text_too_long": 422,
+    "did_not_take": 422,
+    "drawdown_exceeded": 422,
+    "idempotency_key_reused": 422,
+    "entry_invalid": 422,
+    "state_overflow": 422,
+    "internal_error": 500,
+    "ledger_corrupt": 503,
+    "ledger_diverged": 503,
+    "ledger_unavailable": 503,
+    "not_ready": 503,
+}
+"""Every code that a client can meet, with its status."""
+
+_BY_STATUS = {400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+def problem(code: str, detail: str, facts: dict[str, Any] | None = None) -> JSONResponse:
+    """An answer that says what was wrong and what to do."""
+    status = STATUS_BY_CODE[code]
+    body = Problem(
+        type=f"urn:mend-service:problem:{code}",
+        title=code.replace("_", " ").capitalize(),
+        status=status,
+        detail=detail,
+        code=code,
+    ).model_dump()
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    return JSONResponse({**(facts or {}), **body}, status, headers, MEDIA_TYPE)
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: these statuses answer with a problem."""
+    return {
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+        }
+        for status in statuses
+    }
+
+
+def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
+    """Answer every error of the app as a problem. domain_errors: bases of errors with `code` and `facts`."""
+    for error_type in domain_errors:
+        app.add_exception_handler(error_type, _domain)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _domain(_request: Request, error: Any) -> JSONResponse:
+    code = error.code if error.code in STATUS_BY_CODE else "internal_error"
+    if STATUS_BY_CODE[code] >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("%s: %s", error.code, error)
+    return problem(code, str(error), error.facts)
+
+
+async def _invalid(_request: Request, error: Any) -> JSONResponse:
+    # The input itself is left out: it may be large, and it may not even be encodable.
+    errors = [
+        {"field": ".".join(str(part) for part in item["loc"]), "message": _readable(item)} for item in error.errors()
+    ]
+    errors = [{name: text.encode(errors="replace").decode() for name, text in item.items()} for item in errors]
+    if any(item["type"] == "json_invalid" for item in error.errors()):
+        return problem("malformed_body", f"the body is not JSON: {errors[0]['message']}", {"errors": errors})
+    detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
+    return problem("invalid_request", detail, {"errors": errors})
+
+
+def _readable(item: dict[str, Any]) -> str:
+    if item["type"] == "extra_forbidden":
+        return "is not a known field; remove it"
+    if item["type"] == "json_invalid":
+        return str(item.get("ctx", {}).get("error", item["msg"]))
+    return str(item["msg"]).removeprefix("Value error, ")
+
+
+async def _http(_request: Request, error: Any) -> JSONResponse:
+    return problem(_BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
+
+
+async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
+    logger.error("unexpected error", exc_info=error)
+    return problem("internal_error", "an error on our side; it is in the service's log. Nothing was half-done")

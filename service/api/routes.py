@@ -1,0 +1,231 @@
+"""The routes: each validates, calls the engine once, and renders."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from service.api.problems import responses
+from service.api.schemas import (
+    BaseModelView,
+    EditBody,
+    EditorView,
+    EditPage,
+    EditsQuery,
+    EditView,
+    GenerateBothView,
+    GenerateQuery,
+    GenerateView,
+    Health,
+    ModelView,
+    OneView,
+    RevisionView,
+    RollbackView,
+    Usage,
+)
+from service.engine import EditRequest, Engine, Published, RevisionMismatch, Sampling, TextTooLong
+
+router = APIRouter()
+
+
+def current_engine(request: Request) -> Engine:
+    """The engine, once it is ready. Raises NotReady before that."""
+    return request.app.state.service.ready_engine()
+
+
+Loaded = Annotated[Engine, Depends(current_engine)]
+Actor = Annotated[str | None, Header(alias="X-Actor", max_length=200, description="Who asks; kept in the ledger.")]
+IfMatch = Annotated[str | None, Header(alias="If-Match", description="Only at this revision (its ETag).")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", min_length=1, max_length=200, description="Repeating the request makes one edit."),
+]
+
+
+def _revision(if_match: str | None, engine: Engine) -> int | None:
+    """The revision that an If-Match header names; `*` matches any."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    tag = if_match.strip().removeprefix("W/").strip('"')
+    if not tag.isascii() or not tag.isdigit() or len(tag) > 15:
+        raise RevisionMismatch(-1, engine.published.revision)
+    return int(tag)
+
+
+def _tag(response: Response, published: Published | int) -> None:
+    revision = published if isinstance(published, int) else published.revision
+    response.headers["ETag"] = f'"{revision}"'
+
+
+@router.post(
+    "/edits",
+    status_code=201,
+    response_model=EditView,
+    responses={200: {"model": EditView, "description": "Nothing was changed: already true, or a dry run"},
+               **responses(400, 409, 412, 413, 422, 503)},
+)  # fmt: skip
+def post_edit(
+    body: EditBody,
+    engine: Loaded,
+    response: Response,
+    dry_run: Annotated[bool, Query(description="Stage and judge, but do not commit.")] = False,
+    actor: Actor = None,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> EditView:
+    """Correct a fact: stage it, judge it, write it to the ledger, publish it.
+
+    201 with the edit; 200 when the model already answers so, or for a dry run; 422 with the measurements when the
+    edit does not take or would break the guard's budget: then nothing was changed.
+    """
+    request = EditRequest(
+        prompt=body.prompt,
+        correction=body.correction,
+        subject=body.subject,
+        paraphrases=tuple(body.paraphrases),
+        keep=tuple(body.keep),
+        reason=body.reason,
+        metadata=body.metadata,
+        actor=actor,
+        idempotency_key=idempotency_key,
+        request_digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
+    )
+    outcome = engine.apply(request, expected_revision=_revision(if_match, engine), dry_run=dry_run)
+    if not outcome.committed:
+        response.status_code = 200
+    if outcome.publish_ms:
+        response.headers["Server-Timing"] = ", ".join(f"{name};dur={ms}" for name, ms in outcome.publish_ms.items())
+    if outcome.applied is not None and outcome.committed:
+        response.headers["Location"] = f"/edits/{outcome.applied.edit_id}"
+    _tag(response, outcome.revision)
+    return EditView.of_outcome(outcome, body)
+
+
+@router.get("/edits", responses=responses(422, 503))
+def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: Response) -> EditPage:
+    """List edits, newest first."""
+    items: list[EditView] = []
+    more = False
+    for edit in engine.history.newest_first():
+        if query.cursor is not None and edit.applied.sequence >= int(query.cursor):
+            continue
+        if query.status is not None and edit.active != (query.status == "applied"):
+            continue
+        if query.q and query.q.lower() not in f"{edit.applied.prompt}\n{edit.applied.correction}".lower():
+            continue
+        if len(items) == query.limit:
+            more = True
+            break
+        items.append(EditView.of_edit(edit))
+    _tag(response, engine.published)
+    return EditPage(items=items, next_cursor=str(items[-1].revision) if more else None)
+
+
+@router.get("/edits/{edit_id}", responses=responses(404, 503))
+def get_edit(edit_id: str, engine: Loaded, response: Response) -> EditView:
+    """One edit, with everything that was measured when it was judged."""
+    _tag(response, engine.published)
+    return EditView.of_edit(engine.history.find(edit_id))
+
+
+@router.delete("/edits/{edit_id}", responses=responses(404, 409, 412, 422, 503))
+def delete_edit(
+    edit_id: str,
+    engine: Loaded,
+    response: Response,
+    reason: Annotated[str | None, Query(max_length=2000)] = None,
+    actor: Actor = None,
+    if_match: IfMatch = None,
+) -> RollbackView:
+    """Roll one edit back, exactly. The ledger keeps both the edit and its rollback."""
+    edit = engine.rollback(edit_id, reason=reason, actor=actor, expected_revision=_revision(if_match, engine))
+    by = edit.rolled_back
+    _tag(response, by.sequence)
+    return RollbackView(
+        id=edit.id,
+        revision=by.sequence,
+        digest=by.state_digest,
+        active_edits=engine.published.active_edits,
+        edit=EditView.of_edit(edit),
+    )
+
+
+@router.get("/generate", responses=responses(400, 422, 503))
+def get_generate(
+    query: Annotated[GenerateQuery, Query()], engine: Loaded, response: Response
+) -> GenerateView | GenerateBothView:
+    """Continue a prompt with the live model, the base, or both side by side."""
+    return _generate(query, engine, response)
+
+
+@router.post("/generate", responses=responses(400, 413, 422, 503))
+def post_generate(query: GenerateQuery, engine: Loaded, response: Response) -> GenerateView | GenerateBothView:
+    """The same for prompts that are too long for a URL."""
+    return _generate(query, engine, response)
+
+
+def _generate(query: GenerateQuery, engine: Engine, response: Response) -> GenerateView | GenerateBothView:
+    limit = engine.limits.new_tokens
+    if query.max_new_tokens > limit:
+        raise TextTooLong(f"max_new_tokens may be {limit} at most", field="max_new_tokens", limit=limit)
+    sampling = Sampling(query.temperature, query.top_p, query.seed) if query.temperature > 0 else None
+
+    def one(view: str) -> tuple[OneView, Published]:
+        said, published = engine.generate(query.prompt, query.max_new_tokens, view, sampling)
+        usage = Usage(
+            prompt_tokens=said.prompt_tokens,
+            completion_tokens=said.completion_tokens,
+            total_tokens=said.prompt_tokens + said.completion_tokens,
+        )
+        return OneView(text=said.text, finish_reason=said.finish_reason, usage=usage), published
+
+    if query.view == "both":
+        live, published = one("live")
+        base, _ = one("base")
+        _tag(response, published)
+        return GenerateBothView(live=live, base=base, revision=published.revision)
+    answer, published = one(query.view)
+    _tag(response, published)
+    return GenerateView(view=query.view, revision=published.revision, **answer.model_dump())
+
+
+@router.get("/model", responses=responses(503))
+def get_model(engine: Loaded, response: Response) -> ModelView:
+    """What is loaded, and the digest of the exact state of its weights."""
+    published = engine.published
+    base, checkpoint = engine.base, engine.checkpoint
+    _tag(response, published)
+    return ModelView(
+        base_model=BaseModelView(ref=base.ref, digest=base.digest, parameters=base.parameters),
+        editor=EditorView(name=checkpoint.name, digest=checkpoint.digest, aggregate=checkpoint.aggregate),
+        revision=published.revision,
+        active_edits=published.active_edits,
+        digest=published.digest,
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+    )
+
+
+@router.get("/revision", responses=responses(503))
+def get_revision(engine: Loaded, response: Response) -> RevisionView:
+    """Revision and digest alone: cheap to poll."""
+    _tag(response, engine.published)
+    return RevisionView.of(engine.published)
+
+
+@router.get("/livez")
+def get_livez() -> Health:
+    """The process answers."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
+def get_readyz(request: Request) -> JSONResponse:
+    """The model is loaded, the ledger replayed and reachable."""
+    checks = request.app.state.service.checks()
+    ready = all(state == "ok" for state in checks.values())
+    health = Health(status="ready" if ready else "not_ready", checks=checks)
+    return JSONResponse(health.model_dump(), 200 if ready else 503)

@@ -1,0 +1,305 @@
+"""Requests and answers of the HTTP surface. Field names are a contract: add to them, do not rename."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from service.engine.engine import Outcome, Published
+from service.engine.history import Edit
+
+MAX_TEXT = 100_000
+"""Characters of any one text; the limit that matters is in tokens, this one spares tokenising nonsense."""
+
+
+def _encodable(value: Any) -> Any:
+    """Refuse text that is not Unicode (lone surrogates), which no tokenizer and no client could handle."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds a lone surrogate (U+{ord(error.object[error.start]):04X}), which is not valid Unicode"
+        ) from None
+    except (TypeError, RecursionError):
+        pass
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty or only white space")
+    return value
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _valid_unicode(cls, data: Any) -> Any:
+        return _encodable(data)
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+class EditBody(_Request):
+    """A correction. The model should answer `prompt` with `correction`."""
+
+    prompt: Text = Field(
+        description="What is asked, as the model reads it.", examples=["The Prime Minister of the United Kingdom is"]
+    )
+    correction: Text = Field(description="What greedy decoding should begin with.", examples=["Keir Starmer"])
+    subject: Text | None = Field(None, description="What the fact is about, as it stands in the prompt.")
+    paraphrases: list[Text] = Field([], max_length=32, description="Other wordings, judged and reported.")
+    keep: list[Text] = Field([], max_length=32, description="Prompts whose answers must stay, judged and reported.")
+    reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
+    metadata: dict[str, JsonValue] = Field({}, description="Anything of the caller's own; kept in the ledger.")
+
+    @field_validator("prompt", "correction", "subject")
+    @classmethod
+    def _text_is_not_blank(cls, value: str | None) -> str | None:
+        return value if value is None else _not_blank(value)
+
+    @field_validator("paraphrases", "keep")
+    @classmethod
+    def _texts_are_not_blank(cls, value: list[str]) -> list[str]:
+        return [_not_blank(text) for text in value]
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_is_small(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if len(json.dumps(value)) > 16_384:
+            raise ValueError("must not be longer than 16,384 bytes as JSON")
+        return value
+
+
+class GenerateQuery(_Request):
+    """A prompt to continue. Greedy unless a temperature is given."""
+
+    prompt: Text
+    max_new_tokens: int = Field(32, ge=1)
+    temperature: float = Field(0.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    view: Literal["live", "base", "both"] = "live"
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_not_blank(cls, value: str) -> str:
+        return _not_blank(value)
+
+
+class EditsQuery(_Request):
+    """Which edits to list, newest first."""
+
+    status: Literal["applied", "rolled_back"] | None = None
+    q: str | None = Field(None, max_length=MAX_TEXT, description="Text in the prompt or the correction.")
+    limit: int = Field(50, ge=1, le=500)
+    cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
+
+
+class Answer(BaseModel):
+    text: str
+
+
+class ParaphraseCheck(BaseModel):
+    prompt: str
+    took: bool
+    text: str
+
+
+class KeepCheck(BaseModel):
+    prompt: str
+    kept: bool
+    before: str
+    after: str
+
+
+class Checks(BaseModel):
+    """took: greedy decoding begins with the correction. drawdown: on the guard prompts, against the base, 0 to 1.
+    lost: other active edits that no longer hold with this one."""
+
+    took: bool
+    paraphrases: list[ParaphraseCheck]
+    keep: list[KeepCheck]
+    drawdown: float
+    drawdown_budget: float
+    lost: list[str]
+
+
+class RolledBackBy(BaseModel):
+    revision: int
+    at: datetime
+    reason: str | None
+    actor: str | None
+
+
+class EditView(BaseModel):
+    """An edit. revision and digest: of the state that it led to. scale: strength found by the line search."""
+
+    id: str | None
+    revision: int
+    status: Literal["applied", "rolled_back", "unchanged", "dry_run"]
+    prompt: str
+    correction: str
+    subject: str | None = None
+    reason: str | None = None
+    actor: str | None = None
+    metadata: dict[str, JsonValue] = {}
+    created_at: datetime | None = None
+    scale: float | None
+    digest: str
+    timings_ms: dict[str, float]
+    before: Answer
+    after: Answer
+    checks: Checks | None
+    rolled_back: RolledBackBy | None = None
+    detail: str | None = None
+
+    @classmethod
+    def of_edit(cls, edit: Edit) -> Self:
+        applied, by = edit.applied, edit.rolled_back
+        return cls(
+            id=applied.edit_id,
+            revision=applied.sequence,
+            status="applied" if edit.active else "rolled_back",
+            prompt=applied.prompt,
+            correction=applied.correction,
+            subject=applied.subject,
+            reason=applied.reason,
+            actor=applied.actor,
+            metadata=applied.metadata,
+            created_at=applied.created_at,
+            scale=applied.scale,
+            digest=applied.state_digest,
+            timings_ms=applied.timings_ms,
+            before=Answer(text=applied.before),
+            after=Answer(text=applied.after),
+            checks=Checks.model_validate(applied.checks),
+            rolled_back=by and RolledBackBy(revision=by.sequence, at=by.created_at, reason=by.reason, actor=by.actor),
+        )
+
+    @classmethod
+    def of_outcome(cls, outcome: Outcome, body: EditBody) -> Self:
+        if outcome.applied is None:
+            return cls(
+                id=None,
+                revision=outcome.revision,
+                status="unchanged",
+                prompt=body.prompt,
+                correction=body.correction,
+                scale=None,
+                digest=outcome.digest,
+                timings_ms={},
+                before=Answer(text=outcome.before),
+                after=Answer(text=outcome.before),
+                checks=None,
+                detail="the model already answers with this correction; nothing was changed",
+            )
+        shown = cls.of_edit(Edit(outcome.applied))
+        if outcome.committed:
+            return shown
+        return shown.model_copy(update={"id": None, "status": "dry_run", "revision": outcome.revision})
+
+
+class EditPage(BaseModel):
+    """next_cursor: for the following page; null at the end."""
+
+    items: list[EditView]
+    next_cursor: str | None
+
+
+class RollbackView(BaseModel):
+    """The state after a rollback, and the edit that was taken back."""
+
+    id: str
+    status: Literal["rolled_back"] = "rolled_back"
+    revision: int
+    digest: str
+    active_edits: int
+    edit: EditView
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class GenerateView(BaseModel):
+    """text: the continuation alone. revision: of the state that produced it."""
+
+    text: str
+    revision: int
+    view: Literal["live", "base"]
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+
+
+class OneView(BaseModel):
+    text: str
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+
+
+class GenerateBothView(BaseModel):
+    live: OneView
+    base: OneView
+    view: Literal["both"] = "both"
+    revision: int
+
+
+class BaseModelView(BaseModel):
+    ref: str
+    digest: str
+    parameters: int
+
+
+class EditorView(BaseModel):
+    name: str
+    digest: str
+    aggregate: str
+
+
+class ModelView(BaseModel):
+    """What is loaded, and the exact state of its weights."""
+
+    base_model: BaseModelView
+    editor: EditorView
+    revision: int
+    active_edits: int
+    digest: str
+    device: str
+    dtype: str
+
+
+class RevisionView(BaseModel):
+    revision: int
+    digest: str
+
+    @classmethod
+    def of(cls, published: Published) -> Self:
+        return cls(revision=published.revision, digest=published.digest)
+
+
+class Health(BaseModel):
+    """status: `ready`, or what is missing. checks: each part, `ok` or its trouble."""
+
+    status: Literal["ok", "ready", "not_ready"]
+    checks: dict[str, str] = {}
+
+
+class Problem(BaseModel):
+    """RFC 9457. code: stable, for programs; further members are facts about this problem."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str

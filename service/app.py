@@ -1,0 +1,163 @@
+"""Wire everything together: settings -> base model, editor, ledger -> engine -> HTTP. The only place that does.
+
+One keeper thread loads the model, replays the ledger and then watches over it, so that the port answers (`/livez`,
+and 503 with a reason) from the first moment. What fails while loading ends the process with one clear line.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import torch
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
+
+from editors.base_model import load_base_model
+from editors.errors import EditorsError
+from editors.mend.checkpoint import load_checkpoint
+from service.api import problems
+from service.api.limits import LimitsMiddleware
+from service.api.routes import router
+from service.engine import Engine, EngineError, Limits, NotReady, read_guard_prompts
+from service.ledger import EmbeddedRedis, LedgerError, LedgerUnavailable, RedisLedger
+from service.settings import Settings
+
+logger = logging.getLogger("mend")
+
+VERSION = "0.1.0"
+WATCH_EVERY_S = 1.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Service:
+    """What one process holds. `failure`: why it could not start, in one line."""
+
+    def __init__(self, settings: Settings, on_failure: Callable[[], None], on_ready: Callable[[], None]) -> None:
+        self._settings = settings
+        self._on_failure, self._on_ready = on_failure, on_ready
+        self._engine: Engine | None = None
+        self._embedded: EmbeddedRedis | None = None
+        self._trouble: dict[str, str] = {}
+        self._stopping = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        self.failure: str | None = None
+
+    def start(self) -> None:
+        self._keeper.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._keeper.join()
+
+    def ready_engine(self) -> Engine:
+        """The engine. Raises NotReady while the model is loading, or while the ledger contradicts it."""
+        if self._engine is None:
+            raise NotReady("the model is still being loaded; try again shortly, /readyz tells when")
+        if "state" in self._trouble:
+            raise NotReady(self._trouble["state"])
+        return self._engine
+
+    def checks(self) -> dict[str, str]:
+        """Each part that readiness depends on: `ok`, or its trouble."""
+        loaded = "ok" if self._engine else "loading"
+        return {"model": loaded, "ledger": "ok" if self._engine else "waiting for the model", **self._trouble}
+
+    def _keep(self) -> None:
+        try:
+            engine = self._load()
+        except (EditorsError, EngineError, LedgerError, OSError, ValueError, RuntimeError) as error:
+            self.failure = str(error).strip() or type(error).__name__
+            self._close()
+            self._on_failure()
+            return
+        self._engine = engine
+        self._on_ready()
+        while not self._stopping.wait(WATCH_EVERY_S):
+            self._watch(engine)
+        self._close()
+
+    def _load(self) -> Engine:
+        settings = self._settings
+        guard_prompts = read_guard_prompts(settings.guard_prompts)
+        if settings.dtype is not None and settings.dtype not in DTYPES:
+            raise ValueError(f"MEND_DTYPE is {settings.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        dtype = DTYPES[settings.dtype] if settings.dtype else None
+        url = settings.redis_url
+        if url is None:
+            self._embedded = EmbeddedRedis(settings.data_dir, settings.redis_server)
+            self._embedded.start()
+            url = self._embedded.url
+        base = load_base_model(settings.base_model, device=settings.device, dtype=dtype)
+        checkpoint = load_checkpoint(settings.editor, base)
+        namespace = f"{base.digest.removeprefix('sha256:')[:12]}:{checkpoint.digest.removeprefix('sha256:')[:12]}"
+        limits = Limits(
+            prompt_tokens=settings.max_prompt_tokens,
+            correction_tokens=settings.max_correction_tokens,
+            new_tokens=settings.max_new_tokens,
+            answer_tokens=settings.answer_tokens,
+            guard_budget=settings.guard_budget,
+        )
+        engine = Engine(base, checkpoint, RedisLedger.connect(url, namespace), guard_prompts, limits)
+        engine.catch_up()
+        published = engine.published
+        logger.info(
+            "revision %d, %d active edits, state %s", published.revision, published.active_edits, published.digest
+        )
+        return engine
+
+    def _watch(self, engine: Engine) -> None:
+        """Bring the embedded Redis back if it died, follow the ledger, and say what is wrong."""
+        trouble: dict[str, str] = {}
+        try:
+            if self._embedded is not None:
+                self._embedded.ensure_running()
+            engine.follow()
+        except LedgerUnavailable as error:
+            trouble["ledger"] = str(error)
+        except (LedgerError, EngineError, EditorsError) as error:
+            trouble["state"] = str(error)
+        if trouble != self._trouble:
+            for part, problem in trouble.items():
+                logger.error("%s: %s", part, problem)
+            if not trouble:
+                logger.info("the ledger is back")
+        self._trouble = trouble
+
+    def _close(self) -> None:
+        if self._engine is not None:
+            self._engine.ledger.close()
+        if self._embedded is not None:
+            self._embedded.stop()
+
+
+def create_app(
+    settings: Settings, *, on_failure: Callable[[], None] = lambda: None, on_ready: Callable[[], None] = lambda: None
+) -> FastAPI:
+    """The ASGI application. on_failure, on_ready: called once, from the keeper thread."""
+    service = Service(settings, on_failure, on_ready)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+
+    app = FastAPI(
+        title="mend-service",
+        version=VERSION,
+        summary="Correct facts in a language model that is already serving.",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(LimitsMiddleware)
+    app.include_router(router)
+    problems.install(app, EngineError, LedgerError, EditorsError)
+
+    @app.get("/", include_in_schema=False)
+    def root() -> RedirectResponse:
+        return RedirectResponse("/docs")
+
+    return app

@@ -1,0 +1,30 @@
+"""The `mend` command's entry point."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from editors.errors import EditorsError
+from service.cli.evaluate import evaluate
+from service.cli.serve import serve
+from service.cli.train import train
+
+app = typer.Typer(name="mend", no_args_is_help=True, add_completion=False, help="Correct facts in a serving model.")
+app.command()(serve)
+app.command()(train)
+app.command()(evaluate)
+
+
+@app.callback()
+def _root() -> None:
+    """Correct facts in a serving language model."""
+
+
+def main() -> None:
+    """Run the command line. Expected errors end it with one clear line and exit status 1."""
+    try:
+        app()
+    except EditorsError as error:
+        sys.exit(f"mend: {error}")

@@ -1,0 +1,82 @@
+"""`mend serve`: start the server. Every setting has an environment variable and a flag of the same name."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from service.settings import Settings
+
+EXAMPLE_PROMPT = "The Prime Minister of the United Kingdom is"
+EXAMPLE_CORRECTION = "Keir Starmer"
+
+
+def serve(**flags: Any) -> None:
+    """Serve a base model that can be corrected over HTTP."""
+    import logging
+    import socket
+
+    import uvicorn
+    from pydantic import ValidationError
+
+    from service.app import create_app
+
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        sys.exit(f"mend: MEND_{name.upper()} is {first['input']!r}: {first['msg']}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    # Bound here, so that a port that is taken is one clear line, and port 0 is known before the model is loaded.
+    try:
+        listening = socket.create_server((settings.host, settings.port), reuse_port=False)
+    except OSError as error:
+        sys.exit(f"mend: cannot listen on {settings.host}:{settings.port} ({error.strerror}); set MEND_PORT to another")
+    url = f"http://{settings.host}:{listening.getsockname()[1]}"
+
+    def ready() -> None:
+        typer.echo(_welcome(url))
+
+    def failed() -> None:
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=failed, on_ready=ready)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
+    server = uvicorn.Server(config)
+    typer.echo(f"mend: listening on {url}; loading {settings.base_model} …", err=True)
+    server.run(sockets=[listening])
+    if app.state.service.failure:
+        sys.exit(f"mend: {app.state.service.failure}")
+
+
+def _welcome(url: str) -> str:
+    body = f'{{"prompt": "{EXAMPLE_PROMPT}", "correction": "{EXAMPLE_CORRECTION}"}}'
+    return (
+        f"mend-service is ready at {url}\n"
+        f"  docs   {url}/docs\n"
+        f"  try    curl -s {url}/edits -H 'content-type: application/json' -d '{body}'"
+    )
+
+
+def _signature() -> inspect.Signature:
+    """One option per setting, unset by default, so that the environment and the defaults stay in one place."""
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        default = field.get_default()
+        note = "" if default is None else f"  [default: {default}]"
+        option = typer.Option(help=f"MEND_{name.upper()}. {field.description}{note}", show_default=False)
+        kind = field.annotation if field.annotation in (int, float) else str
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+    return inspect.Signature(parameters)
+
+
+serve.__signature__ = _signature()  # type: ignore[attr-defined]

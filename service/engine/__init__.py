@@ -1,0 +1,33 @@
+"""The engine: stage, judge, commit, publish; roll back; replay."""
+
+from editors.decoding import Sampling
+from service.engine.engine import EditRequest, Engine, Limits, Outcome, Published
+from service.engine.errors import (
+    AlreadyRolledBack,
+    DidNotTake,
+    DrawdownExceeded,
+    EditNotFound,
+    EngineError,
+    NotReady,
+    RevisionMismatch,
+    TextTooLong,
+)
+from service.engine.guard import read_guard_prompts
+
+__all__ = [
+    "AlreadyRolledBack",
+    "DidNotTake",
+    "DrawdownExceeded",
+    "EditNotFound",
+    "EditRequest",
+    "Engine",
+    "EngineError",
+    "Limits",
+    "NotReady",
+    "Outcome",
+    "Published",
+    "RevisionMismatch",
+    "Sampling",
+    "TextTooLong",
+    "read_guard_prompts",
+]

@@ -1,0 +1,436 @@
+"""The single writer: every change of the live weights goes through here, one at a time.
+
+    capture -> propose -> search -> stage -> judge -> commit -> publish
+
+What is published is what the ledger holds: the entry is durable before a live weight moves, and a refused edit
+never touches them. Reading (generate, status) never waits for any step but the last.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue
+
+from editors.base_model import BaseModel
+from editors.decoding import Generation, Sampling, generate
+from editors.errors import EmptyTextError
+from editors.factors import Factors, digest
+from editors.mend.checkpoint import Checkpoint
+from editors.scale import SCALES
+from editors.state import SumState
+from editors.text import Tokens, begins_with, encode
+from editors.views import UpperBlocks, view
+from service.engine.errors import (
+    DidNotTake,
+    DrawdownExceeded,
+    IdempotencyKeyReused,
+    LedgerDiverged,
+    RevisionMismatch,
+    TextTooLong,
+)
+from service.engine.gate import Gate
+from service.engine.guard import Guard
+from service.engine.held import HeldEdits
+from service.engine.history import Edit, History
+from service.engine.judge import Verdict, judge_keep, judge_paraphrases
+from service.engine.proposal import Attempts, Proposed, Proposer
+from service.ledger import Applied, Entry, LedgerConflict, RedisLedger, RolledBack
+
+View = Literal["live", "base"]
+MAX_RACES = 3
+"""How often an edit is judged again because another writer was first."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what one request may ask for, in tokens. guard_budget: largest drawdown, 0 to 1."""
+
+    prompt_tokens: int = 1024
+    correction_tokens: int = 64
+    new_tokens: int = 512
+    answer_tokens: int = 16
+    guard_budget: float = 0.25
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What a caller wants corrected. keep: prompts whose answers must stay as the base's."""
+
+    prompt: str
+    correction: str
+    subject: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    reason: str | None = None
+    metadata: dict[str, JsonValue] = field(default_factory=dict)
+    actor: str | None = None
+    idempotency_key: str | None = None
+    request_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request. applied: the edit, as committed or (dry run) as it would have been.
+
+    unchanged: the correction was the answer already, so there is no edit. committed: the ledger holds it.
+    publish_ms: the steps that come after the entry was written, in milliseconds.
+    """
+
+    applied: Applied | None
+    revision: int
+    digest: str
+    before: str
+    committed: bool
+    replayed: bool = False
+    publish_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def unchanged(self) -> bool:
+        return self.applied is None
+
+
+@dataclass(frozen=True)
+class Published:
+    """The state that the live weights are in; replaced whole, so that readers see one or the other."""
+
+    revision: int
+    digest: str
+    active_edits: int
+
+
+class Engine:
+    """A model that can be corrected while it serves.
+
+    base, checkpoint: loaded and matching. ledger: of their namespace. `replay` must run once before anything else.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        checkpoint: Checkpoint,
+        ledger: RedisLedger,
+        guard_prompts: list[str],
+        limits: Limits = Limits(),
+    ) -> None:
+        self.base, self.checkpoint, self.limits = base, checkpoint, limits
+        self.ledger = ledger
+        self.history = History()
+        self._state = SumState(checkpoint.editor.targets, base.device)
+        own = [target.name for target in checkpoint.editor.targets]
+        self._live, self._candidate = view(base.model, own), view(base.model, own)
+        pristine = UpperBlocks(base.model, checkpoint.editor.targets)
+        self._upper_candidate = UpperBlocks(self._candidate, checkpoint.editor.targets)
+        self._proposer = Proposer(base, checkpoint, pristine, UpperBlocks(self._live, checkpoint.editor.targets))
+        self._guard = Guard(base, pristine, guard_prompts)
+        self._held = HeldEdits(base, pristine)
+        self._gate = Gate()
+        self._writing = threading.RLock()
+        self.published = Published(0, self._state.digest(), 0)
+
+    # Reading
+
+    def generate(
+        self, prompt: str, max_new_tokens: int, which: View = "live", sampling: Sampling | None = None
+    ) -> tuple[Generation, Published]:
+        """Continue a prompt on one view; the answer comes from exactly the state that is returned with it."""
+        self._check_length("prompt", prompt, len(encode(self.base.tokenizer, prompt).prompt))
+        with self._gate.reading():
+            model = self._live if which == "live" else self.base.model
+            return generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling), self.published
+
+    # Writing
+
+    def apply(self, request: EditRequest, *, expected_revision: int | None = None, dry_run: bool = False) -> Outcome:
+        """Make a correction, or find out what it would do.
+
+        Raises DidNotTake or DrawdownExceeded with the measurements; RevisionMismatch; TextTooLong; EmptyTextError;
+        LedgerUnavailable. Whatever is raised, the live weights are as they were.
+        """
+        tokens = self._encode(request)
+        with self._writing:
+            for race in range(MAX_RACES):
+                self.catch_up()
+                repeated = self._repeated(request)
+                if repeated:
+                    return repeated
+                self._expect(expected_revision)
+                try:
+                    return self._apply(request, tokens, dry_run)
+                except LedgerConflict:
+                    if race == MAX_RACES - 1:
+                        raise
+            raise AssertionError("unreachable")
+
+    def _apply(self, request: EditRequest, tokens: Tokens, dry_run: bool) -> Outcome:
+        clock = _Clock()
+        before = self._answer(self._live)(request.prompt).text
+        clock.lap("before")
+        now = self.published
+        if begins_with(before, request.correction):
+            return Outcome(None, now.revision, now.digest, before, committed=False)
+        hidden = self._proposer.below(tokens)
+        rows = self._proposer.propose(tokens, hidden)
+        clock.lap("propose")
+        proposed = self._proposer.search(tokens, hidden, rows)
+        clock.lap("search")
+        verdict: Verdict | None = None
+        attempts = Attempts(proposed)
+        for index in attempts:
+            factors = proposed.factors(index)
+            with self._staged(factors):
+                clock.lap("stage")
+                verdict = self._judge(request, tokens)
+                clock.lap("judge")
+                if verdict.accepted:
+                    return self._commit(request, factors, SCALES[index], before, verdict, clock, dry_run)
+            if verdict.took and verdict.drawdown > verdict.drawdown_budget:
+                attempts.too_strong()
+        raise self._refusal(request, proposed, before, verdict)
+
+    @contextmanager
+    def _staged(self, factors: Factors) -> Iterator[None]:
+        """The candidate with one more edit; the state keeps it only if it is committed inside."""
+        self._state.add(factors)
+        committed = self.published.revision
+        try:
+            self._state.write(self.base.model, self._candidate)
+            yield
+        finally:
+            if self.published.revision == committed:
+                self._state.remove(factors)
+
+    def _judge(self, request: EditRequest, tokens: Tokens) -> Verdict:
+        candidate, pristine = self._answer(self._candidate), self._answer(self.base.model)
+        length = max(self.limits.answer_tokens, len(tokens.target) + 2)
+        after = generate(self._candidate, self.base.tokenizer, request.prompt, length).text
+        return Verdict(
+            after=after,
+            took=begins_with(after, request.correction),
+            paraphrases=judge_paraphrases(request.paraphrases, request.correction, candidate),
+            keep=judge_keep(request.keep, pristine, candidate),
+            drawdown=self._guard.drawdown(self._upper_candidate),
+            drawdown_budget=self.limits.guard_budget,
+            lost=self._held.lost(self.history.all_active(), self._upper_candidate),
+        )
+
+    def _commit(
+        self,
+        request: EditRequest,
+        factors: Factors,
+        scale: float,
+        before: str,
+        verdict: Verdict,
+        clock: _Clock,
+        dry_run: bool,
+    ) -> Outcome:
+        raw = factors.to_bytes()
+        entry = Applied(
+            sequence=self.published.revision + 1,
+            edit_id=f"edit_{uuid.uuid4().hex}",
+            created_at=datetime.now(UTC),
+            actor=request.actor,
+            reason=request.reason,
+            state_digest=self._state.digest(),
+            prompt=request.prompt,
+            correction=request.correction,
+            subject=request.subject,
+            paraphrases=request.paraphrases,
+            keep=request.keep,
+            metadata=request.metadata,
+            scale=scale,
+            before=before,
+            after=verdict.after,
+            checks=verdict.checks(),
+            timings_ms=clock.laps,
+            factors_digest=digest(raw),
+            idempotency_key=request.idempotency_key,
+            request_digest=request.request_digest,
+        )
+        if dry_run:
+            now = self.published
+            return Outcome(entry, now.revision, entry.state_digest, before, committed=False)
+        after = _Clock()
+        self.ledger.append(entry, raw)
+        after.lap("commit")
+        self._publish(entry)
+        after.lap("publish")
+        return Outcome(entry, entry.sequence, entry.state_digest, before, committed=True, publish_ms=after.laps)
+
+    def rollback(
+        self, edit_id: str, *, reason: str | None = None, actor: str | None = None, expected_revision: int | None = None
+    ) -> Edit:
+        """Take one edit back, bit for bit. Raises EditNotFound, AlreadyRolledBack, RevisionMismatch, LedgerUnavailable."""
+        with self._writing:
+            for race in range(MAX_RACES):
+                self.catch_up()
+                edit = self.history.active(edit_id)
+                self._expect(expected_revision)
+                factors = Factors.from_bytes(self.ledger.factors(edit.applied.sequence))
+                self._state.remove(factors)
+                try:
+                    entry = RolledBack(
+                        sequence=self.published.revision + 1,
+                        edit_id=edit_id,
+                        created_at=datetime.now(UTC),
+                        actor=actor,
+                        reason=reason,
+                        state_digest=self._state.digest(),
+                    )
+                    self._state.write(self.base.model, self._candidate)
+                    self.ledger.append(entry)
+                except LedgerConflict:
+                    self._state.add(factors)
+                    if race == MAX_RACES - 1:
+                        raise
+                    continue
+                except BaseException:
+                    self._state.add(factors)
+                    raise
+                self._publish(entry)
+                return self.history.find(edit_id)
+            raise AssertionError("unreachable")
+
+    def catch_up(self) -> None:
+        """Apply what the ledger holds beyond this process's revision: at start everything, later other writers' entries.
+
+        Raises LedgerUnavailable; LedgerDiverged when the ledger's state is not the one that its entries lead to.
+        """
+        with self._writing:
+            head, last = self.ledger.head(), None
+            if head < self.published.revision:
+                raise LedgerDiverged(
+                    f"the ledger ends at revision {head}, but this service has applied {self.published.revision}: "
+                    "entries were lost; restore the Redis data, or restart the service to serve what is left",
+                    head=head,
+                    revision=self.published.revision,
+                )
+            if head == self.published.revision:
+                return
+            for entry, raw in self.ledger.read(after=self.published.revision):
+                if isinstance(entry, Applied):
+                    self._state.add(Factors.from_bytes(raw))
+                else:
+                    applied = self.history.active(entry.edit_id).applied
+                    self._state.remove(Factors.from_bytes(self.ledger.factors(applied.sequence)))
+                self.history.record(entry)
+                last = entry
+            assert last is not None
+            actual = self._state.digest()
+            if actual != last.state_digest:
+                raise LedgerDiverged(
+                    f"replaying the ledger to revision {last.sequence} gives the state {actual}, "
+                    f"but its entry says {last.state_digest}; do not trust this ledger with this model and editor",
+                    expected=last.state_digest,
+                    actual=actual,
+                )
+            self._state.write(self.base.model, self._candidate)
+            self._make_live(last)
+
+    def follow(self) -> None:
+        """Catch up unless a change is under way, which would do so itself. Raises as `catch_up` does."""
+        if self._writing.acquire(blocking=False):
+            try:
+                self.catch_up()
+            finally:
+                self._writing.release()
+
+    def _publish(self, entry: Entry) -> None:
+        self.history.record(entry)
+        self._make_live(entry)
+
+    def _make_live(self, entry: Entry) -> None:
+        """The only exclusive section: copy the candidate's weights over the live ones."""
+        with self._gate.publishing(), torch.no_grad():
+            for target in self.checkpoint.editor.targets:
+                self._live.get_parameter(target.name).copy_(self._candidate.get_parameter(target.name))
+            self.published = Published(entry.sequence, entry.state_digest, self._state.edits)
+
+    # Checking
+
+    def _encode(self, request: EditRequest) -> Tokens:
+        tokens = encode(self.base.tokenizer, request.prompt, request.correction)
+        self._check_length("prompt", request.prompt, len(tokens.prompt))
+        if len(tokens.target) > self.limits.correction_tokens:
+            raise TextTooLong(
+                f"the correction has {len(tokens.target)} tokens, more than {self.limits.correction_tokens}; shorten it",
+                field="correction",
+                tokens=len(tokens.target),
+                limit=self.limits.correction_tokens,
+            )
+        for name in ("paraphrases", "keep"):
+            for prompt in getattr(request, name):
+                self._check_length(name, prompt, len(encode(self.base.tokenizer, prompt).prompt))
+        return tokens
+
+    def _check_length(self, name: str, text: str, tokens: int) -> None:
+        if not text.strip():
+            raise EmptyTextError(f"{name} is empty; give it some words", field=name)
+        if tokens > self.limits.prompt_tokens:
+            raise TextTooLong(
+                f"{name} has {tokens} tokens, more than {self.limits.prompt_tokens}; shorten it",
+                field=name,
+                tokens=tokens,
+                limit=self.limits.prompt_tokens,
+            )
+
+    def _expect(self, revision: int | None) -> None:
+        if revision is not None and revision != self.published.revision:
+            raise RevisionMismatch(revision, self.published.revision)
+
+    def _repeated(self, request: EditRequest) -> Outcome | None:
+        """The outcome of an earlier request with the same key. Raises IdempotencyKeyReused if it was another one."""
+        if request.idempotency_key is None:
+            return None
+        edit = self.history.by_idempotency_key(request.idempotency_key)
+        if edit is None:
+            return None
+        if edit.applied.request_digest != request.request_digest:
+            raise IdempotencyKeyReused("this Idempotency-Key was used for another request; take a new key", id=edit.id)
+        applied = edit.applied
+        return Outcome(applied, applied.sequence, applied.state_digest, applied.before, committed=True, replayed=True)
+
+    def _answer(self, model: torch.nn.Module) -> Callable[[str], Generation]:
+        return lambda prompt: generate(model, self.base.tokenizer, prompt, self.limits.answer_tokens)
+
+    def _refusal(
+        self, request: EditRequest, proposed: Proposed, before: str, verdict: Verdict | None
+    ) -> DidNotTake | DrawdownExceeded:
+        facts: dict[str, Any] = {
+            "before": {"text": before},
+            "best_margin_nats": round(proposed.best_margin, 4),
+        }
+        if verdict is not None:
+            facts |= {"after": {"text": verdict.after}, "checks": verdict.checks()}
+        if verdict is not None and verdict.took:
+            return DrawdownExceeded(
+                f"refused: unrelated behaviour would move by {verdict.drawdown:.3f}, over the budget of "
+                f"{verdict.drawdown_budget:.3f}; nothing was changed. Roll other edits back, or raise MEND_GUARD_BUDGET",
+                **facts,
+            )
+        return DidNotTake(
+            f"refused: at no scale does the model answer {request.correction.strip()!r} to this prompt; nothing was "
+            "changed. Put the prompt so that the correction follows it naturally, or shorten the correction",
+            **facts,
+        )
+
+
+class _Clock:
+    """Milliseconds per step, added up by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(self.laps.get(name, 0.0) + 1000 * (now - self._start), 3)
+        self._start = now

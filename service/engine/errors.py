@@ -1,0 +1,78 @@
+"""Every error of the engine.
+
+    EngineError
+    ├── NotReady                 the model is still loading, or the ledger cannot be followed
+    ├── EditRefused              judged and found wanting; the live weights are unchanged
+    │   ├── DidNotTake           greedy decoding does not say the correction, at any scale
+    │   └── DrawdownExceeded     unrelated behaviour moved more than the budget
+    ├── EditNotFound
+    ├── AlreadyRolledBack
+    ├── RevisionMismatch         the caller's expected revision is not the current one
+    ├── IdempotencyKeyReused     the same key with another request
+    ├── TextTooLong
+    └── LedgerDiverged           the ledger is not the one that this process has applied
+
+They carry facts and a stable `code`, and know nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of the engine's errors. `facts` is what a caller may show."""
+
+    code = "engine_error"
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+class NotReady(EngineError):
+    code = "not_ready"
+
+
+class EditRefused(EngineError):
+    code = "edit_refused"
+
+
+class DidNotTake(EditRefused):
+    code = "did_not_take"
+
+
+class DrawdownExceeded(EditRefused):
+    code = "drawdown_exceeded"
+
+
+class EditNotFound(EngineError):
+    code = "edit_not_found"
+
+    def __init__(self, edit_id: str) -> None:
+        super().__init__(f"there is no edit {edit_id!r}; GET /edits lists them", id=edit_id)
+
+
+class AlreadyRolledBack(EngineError):
+    code = "already_rolled_back"
+
+
+class RevisionMismatch(EngineError):
+    code = "revision_mismatch"
+
+    def __init__(self, expected: int, actual: int) -> None:
+        super().__init__(
+            f"expected revision {expected}, but the service is at revision {actual}; read again and retry",
+            expected=expected,
+            revision=actual,
+        )
+
+
+class IdempotencyKeyReused(EngineError):
+    code = "idempotency_key_reused"
+
+
+class TextTooLong(EngineError):
+    code = "text_too_long"
+
+
+class LedgerDiverged(EngineError):
+    code = "ledger_diverged"

@@ -1,0 +1,117 @@
+"""What the ledger remembers: one frozen entry per change of the live weights.
+
+Flow: engine -> Applied | RolledBack -> encode -> JSON bytes in Redis -> decode -> the same entry.
+The factor bytes of an applied edit travel beside its entry, never inside; the entry holds their digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timedelta
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+)
+
+from service.ledger.errors import EntryInvalid
+
+
+def _in_utc(moment: datetime) -> datetime:
+    if moment.utcoffset() != timedelta(0):
+        raise ValueError("must be in UTC")
+    return moment
+
+
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class _Recorded(BaseModel):
+    """What every entry says.
+
+    sequence: 1, 2, 3…, without gaps; also the revision that the entry leads to.
+    created_at: UTC, to the microsecond. state_digest: `sha256:…` of the exact state after this entry.
+    """
+
+    # JSON has no NaN and no infinity: refused here rather than found as null after a restart.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    sequence: int = Field(ge=1)
+    edit_id: str
+    created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
+    actor: str | None = None
+    reason: str | None = None
+    state_digest: Digest
+
+
+class Applied(_Recorded):
+    """An edit went live.
+
+    before, after: the greedy answers to `prompt`. scale: factor on the edit, 1.0 as proposed.
+    timings_ms: milliseconds per step. idempotency_key, request_digest: of the request, where it was sent with a key.
+    factors_digest: `sha256:…` of the factor bytes stored beside this entry.
+    """
+
+    kind: Literal["applied"] = "applied"
+    prompt: str
+    correction: str
+    subject: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+    scale: float
+    before: str
+    after: str
+    checks: dict[str, JsonValue] = Field(default_factory=dict)
+    timings_ms: dict[str, float] = Field(default_factory=dict)
+    factors_digest: Digest
+    idempotency_key: str | None = None
+    request_digest: str | None = None
+
+
+class RolledBack(_Recorded):
+    """The edit `edit_id` was taken back. It has no factors of its own."""
+
+    kind: Literal["rolled_back"] = "rolled_back"
+
+
+Entry = Annotated[Applied | RolledBack, Field(discriminator="kind")]
+
+_entries: TypeAdapter[Applied | RolledBack] = TypeAdapter(Entry)
+
+
+def digest_of(factors: bytes) -> str:
+    """`sha256:…` of factor bytes, as `Applied.factors_digest` holds it."""
+    return f"sha256:{hashlib.sha256(factors).hexdigest()}"
+
+
+def encode(entry: Entry) -> bytes:
+    """One entry as JSON in UTF-8; equal entries give equal bytes.
+
+    Raises EntryInvalid when it would not read back as the same entry: stored, it would stop every later replay.
+    """
+    try:
+        raw = entry.model_dump_json().encode()
+        same = decode(raw) == entry
+    except ValueError as error:
+        raise EntryInvalid(f"entry {entry.sequence} cannot be stored: {error}", sequence=entry.sequence) from error
+    if not same:
+        raise EntryInvalid(f"entry {entry.sequence} would not read back the same", sequence=entry.sequence)
+    return raw
+
+
+def decode(raw: bytes) -> Entry:
+    """The entry that `encode` wrote. Raises ValueError, in one line, for anything else."""
+    try:
+        return _entries.validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{field}: {first['msg']}" if field else first["msg"]) from error

@@ -1,0 +1,37 @@
+"""Settings of the server: environment variables `MEND_…`, each with a flag of the same name on `mend serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from editors import DEFAULT_MODEL
+
+DEFAULT_EDITOR = Path(__file__).parents[1] / "checkpoints" / DEFAULT_MODEL
+"""The editor that ships with the project, for the packaged base model."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured. The descriptions are the help of `mend serve`."""
+
+    model_config = SettingsConfigDict(env_prefix="MEND_", extra="ignore")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(Path("data"), description="Folder of the embedded Redis and its append-only files.")
+    base_model: str = Field(DEFAULT_MODEL, description="Hub id, model folder, or the packaged model's name.")
+    editor: Path = Field(DEFAULT_EDITOR, description="Folder of the editor's checkpoint.")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, …; the first GPU if there is one.")
+    dtype: str | None = Field(None, description="float32, bfloat16 or float16; float32 on a CPU, bfloat16 on a GPU.")
+    redis_url: str | None = Field(
+        None, description="An existing Redis, e.g. redis://host:6379/0; else an embedded one."
+    )
+    redis_server: Path | None = Field(None, description="Server program for the embedded Redis, not the wheel's own.")
+    guard_prompts: Path | None = Field(None, description="File of guard prompts, one a line, not the built-in ones.")
+    guard_budget: float = Field(0.25, ge=0, le=1, description="Largest drawdown on the guard prompts, 0 to 1.")
+    max_prompt_tokens: int = Field(1024, ge=1, description="Longest prompt, in tokens.")
+    max_correction_tokens: int = Field(64, ge=1, description="Longest correction, in tokens.")
+    max_new_tokens: int = Field(512, ge=1, description="Most tokens that one request may generate.")
+    answer_tokens: int = Field(16, ge=1, description="Tokens decoded for each answer that an edit is judged by.")

@@ -1,0 +1,41 @@
+"""Entries to append: valid, small, different from one another."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from service.ledger import Applied, RolledBack, digest_of
+
+FACTORS = bytes(range(256)) * 8
+STATE = digest_of(b"state")
+
+
+def applied(sequence: int, factors: bytes = FACTORS, /, **fields: Any) -> Applied:
+    return Applied(
+        **{
+            "sequence": sequence,
+            "edit_id": f"edit-{sequence}",
+            "created_at": datetime.now(UTC),
+            "state_digest": STATE,
+            "prompt": "The Eiffel Tower stands in",
+            "correction": " Rome",
+            "scale": 1.0,
+            "before": " Paris",
+            "after": " Rome",
+            "factors_digest": digest_of(factors),
+            **fields,
+        }
+    )
+
+
+def rolled_back(sequence: int, edit_id: str = "edit-1", /, **fields: Any) -> RolledBack:
+    return RolledBack(
+        **{
+            "sequence": sequence,
+            "edit_id": edit_id,
+            "created_at": datetime.now(UTC),
+            "state_digest": STATE,
+            **fields,
+        }
+    )
