@@ -1,4 +1,4 @@
-"""A trained editor on disk: a folder with `editor.safetensors` and its card, as JSON for programs and Markdown for people.
+"""A trained editor on disk: a folder with `editor.safetensors` and its card, in JSON and in Markdown.
 
 The card says what the editor was trained for and on, by which command, and what it measured. The networks' matrices
 are stored in float16 (training ends by measuring the stored ones), everything else in float32.
@@ -154,7 +154,8 @@ def _markdown(card: dict[str, Any]) -> str:
         f"| base model | `{base['digest']}` |",
         f"| editor | `{card['digest']}` |",
         *(
-            f"| {role} data | {entry['name']} ({entry['layout']}, {entry['examples']} examples), `sha256:{entry['digest']}` |"
+            f"| {role} data | {entry['name']} ({entry['layout']}, {entry['examples']} examples), "
+            f"`sha256:{entry['digest']}` |"
             for role in ("training", "validation")
             for entry in card.get(f"{role}_data", [])
         ),

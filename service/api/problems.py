@@ -86,7 +86,7 @@ def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
 
 async def _domain(_request: Request, error: Any) -> JSONResponse:
     code = error.code if error.code in STATUS_BY_CODE else "internal_error"
-    if STATUS_BY_CODE[code] >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if STATUS_BY_CODE[code] >= HTTPStatus.INTERNAL_SERVER_ERROR and code != "not_ready":
         logger.error("%s: %s", error.code, error)
     return problem(code, str(error), error.facts)
 

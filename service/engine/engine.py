@@ -268,7 +268,10 @@ class Engine:
     def rollback(
         self, edit_id: str, *, reason: str | None = None, actor: str | None = None, expected_revision: int | None = None
     ) -> Edit:
-        """Take one edit back, bit for bit. Raises EditNotFound, AlreadyRolledBack, RevisionMismatch, LedgerUnavailable."""
+        """Take one edit back, bit for bit.
+
+        Raises EditNotFound, AlreadyRolledBack, RevisionMismatch, LedgerUnavailable.
+        """
         with self._writing:
             for race in range(MAX_RACES):
                 self.catch_up()
@@ -300,7 +303,7 @@ class Engine:
             raise AssertionError("unreachable")
 
     def catch_up(self) -> None:
-        """Apply what the ledger holds beyond this process's revision: at start everything, later other writers' entries.
+        """Apply what the ledger holds beyond this process's revision: at start all of it, later what others wrote.
 
         Raises LedgerUnavailable; LedgerDiverged when the ledger's state is not the one that its entries lead to.
         """
@@ -361,7 +364,7 @@ class Engine:
         self._check_length("prompt", request.prompt, len(tokens.prompt))
         if len(tokens.target) > self.limits.correction_tokens:
             raise TextTooLong(
-                f"the correction has {len(tokens.target)} tokens, more than {self.limits.correction_tokens}; shorten it",
+                f"correction has {len(tokens.target)} tokens, more than {self.limits.correction_tokens}; shorten it",
                 field="correction",
                 tokens=len(tokens.target),
                 limit=self.limits.correction_tokens,
@@ -413,7 +416,8 @@ class Engine:
         if verdict is not None and verdict.took:
             return DrawdownExceeded(
                 f"refused: unrelated behaviour would move by {verdict.drawdown:.3f}, over the budget of "
-                f"{verdict.drawdown_budget:.3f}; nothing was changed. Roll other edits back, or raise MEND_GUARD_BUDGET",
+                f"{verdict.drawdown_budget:.3f}; nothing was changed. Roll other edits back, "
+                "or raise MEND_GUARD_BUDGET",
                 **facts,
             )
         return DidNotTake(
