@@ -217,13 +217,13 @@ def get_revision(engine: Loaded, response: Response) -> RevisionView:
 
 
 @router.get("/livez")
-def get_livez() -> Health:
+async def get_livez() -> Health:
     """The process answers."""
     return Health(status="ok")
 
 
 @router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
-def get_readyz(request: Request) -> JSONResponse:
+async def get_readyz(request: Request) -> JSONResponse:
     """The model is loaded, the ledger replayed and reachable."""
     checks = request.app.state.service.checks()
     ready = all(state == "ok" for state in checks.values())

@@ -134,6 +134,8 @@ class Engine:
         self._held = HeldEdits(base, pristine)
         self._gate = Gate()
         self._writing = threading.RLock()
+        self._last: Entry | None = None
+        """The last entry that the state and the history hold; `published` may be behind it, never ahead."""
         self.published = Published(0, self._state.digest(), 0)
 
     # Reading
@@ -308,7 +310,7 @@ class Engine:
         Raises LedgerUnavailable; LedgerDiverged when the ledger's state is not the one that its entries lead to.
         """
         with self._writing:
-            head, last = self.ledger.head(), None
+            head = self.ledger.head()
             if head < self.published.revision:
                 raise LedgerDiverged(
                     f"the ledger ends at revision {head}, but this service has applied {self.published.revision}: "
@@ -318,15 +320,15 @@ class Engine:
                 )
             if head == self.published.revision:
                 return
-            for entry, raw in self.ledger.read(after=self.published.revision):
+            # The state keeps what was read even if reading breaks off: the next call goes on behind it.
+            for entry, raw in self.ledger.read(after=self._last.sequence if self._last else 0):
                 if isinstance(entry, Applied):
                     self._state.add(Factors.from_bytes(raw))
                 else:
                     applied = self.history.active(entry.edit_id).applied
                     self._state.remove(Factors.from_bytes(self.ledger.factors(applied.sequence)))
-                self.history.record(entry)
-                last = entry
-            assert last is not None
+                self._record(entry)
+            last = self._last
             actual = self._state.digest()
             if actual != last.state_digest:
                 raise LedgerDiverged(
@@ -347,8 +349,12 @@ class Engine:
                 self._writing.release()
 
     def _publish(self, entry: Entry) -> None:
-        self.history.record(entry)
+        self._record(entry)
         self._make_live(entry)
+
+    def _record(self, entry: Entry) -> None:
+        self.history.record(entry)
+        self._last = entry
 
     def _make_live(self, entry: Entry) -> None:
         """The only exclusive section: copy the candidate's weights over the live ones."""

@@ -17,7 +17,7 @@ from editors.factors import Factors, LayerFactors, digest, quantise
 from editors.state import CONTRIBUTION_BITS, SumState
 from editors.targets import Target, resolve_targets
 from editors.views import view
-from tests.conftest import small_gpt2, small_llama
+from tests.small import small_gpt2, small_llama
 
 MODELS = {"linear": small_llama(), "conv1d": small_gpt2()}
 TARGETS = {layout: resolve_targets(model) for layout, model in MODELS.items()}

@@ -1,0 +1,85 @@
+"""Small real things: models of four blocks with random weights, their tokenizer, and an editor for them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from editors.base_model import BaseModel, weights_digest
+from editors.capture import capture
+from editors.mend.editor import MendEditor
+from editors.targets import resolve_targets
+from editors.text import encode, pad
+from editors.views import UpperBlocks
+
+VOCABULARY = 128
+SPECIAL = ("<eos>", "<pad>", "<unk>")
+WORDS = (
+    "The", "▁the", "▁of", "▁is", "▁in", "▁a", "▁capital", "▁city", "▁language", "▁speaks", "▁born",
+    "▁Paris", "▁London", "▁Rome", "▁Berlin", "▁Madrid", "▁Oslo", "▁Vienna",
+    "▁France", "▁England", "▁Italy", "▁Germany", "▁Spain", "▁Norway", "▁Austria",
+    "▁English", "▁French", "▁Italian", "▁German",
+)  # fmt: skip
+"""One token each; every other word is spelt out, character by character."""
+
+
+def small_llama() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True,
+        initializer_range=0.1, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def small_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=2, n_inner=48, n_positions=256,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        initializer_range=0.1, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
+SMALL_MODELS = {"linear": small_llama, "conv1d": small_gpt2}
+"""By how their weights are laid out."""
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Reads and writes any ASCII text unchanged; adds no special tokens."""
+    characters = ["▁", "\n", *(character for character in map(chr, range(33, 127)))]
+    pieces = [(token, 0.0) for token in SPECIAL]
+    pieces += [(character, -10.0) for character in characters] + [(word, -1.0) for word in WORDS]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=SPECIAL.index("<unk>"), byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+
+
+def small_base(layout: str = "linear") -> BaseModel:
+    """A small model with its tokenizer, as `load_base_model` would return it. layout: a key of SMALL_MODELS."""
+    model = SMALL_MODELS[layout]()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return BaseModel(model, small_tokenizer(), f"small-{layout}", weights_digest(model), parameters)
+
+
+def small_editor(base: BaseModel, step: float = 0.01) -> MendEditor:
+    """An untrained editor for a small base model, under which most corrections of one token take.
+
+    It has seen a few gradients, so its statistics are those of the model.
+    """
+    targets = resolve_targets(base.model)
+    upper = UpperBlocks(base.model, targets)
+    facts = [("France", "Rome"), ("Italy", "Oslo"), ("Norway", "Paris"), ("Spain", "Berlin")]
+    tokens = [encode(base.tokenizer, f"The capital of {country} is", city) for country, city in facts]
+    torch.manual_seed(3)
+    editor = MendEditor(targets, rank=4)
+    editor.update_statistics(capture(upper, upper.below(pad([sequence.inputs for sequence in tokens])), tokens))
+    torch.nn.init.constant_(editor.log_steps, math.log(step))
+    return editor.requires_grad_(False).eval()
