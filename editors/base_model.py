@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -64,6 +65,7 @@ def load_base_model(
     cache_dir: where the converted copy of the packaged model is kept.
     Raises BaseModelNotFound or BaseModelUnreadable, naming the file and the next step.
     """
+    transformers.logging.disable_progress_bar()  # loading takes a second; its bar would fill a server's log
     device = device or default_device()
     dtype = dtype or default_dtype(device)
     source = packaged_folder(cache_dir) if ref == DEFAULT_MODEL else _checked_folder(ref)

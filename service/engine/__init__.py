@@ -1,7 +1,7 @@
 """The engine: stage, judge, commit, publish; roll back; replay."""
 
 from editors.decoding import Sampling
-from service.engine.engine import EditRequest, Engine, Limits, Outcome, Published
+from service.engine.engine import Engine
 from service.engine.errors import (
     AlreadyRolledBack,
     DidNotTake,
@@ -14,6 +14,7 @@ from service.engine.errors import (
     TextTooLong,
 )
 from service.engine.guard import read_guard_prompts
+from service.engine.requests import EditRequest, Limits, Outcome, Published
 
 __all__ = [
     "AlreadyRolledBack",

@@ -13,12 +13,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import torch
-from pydantic import JsonValue
 
 from editors.base_model import BaseModel
 from editors.decoding import Generation, Sampling, generate
@@ -43,68 +41,12 @@ from service.engine.held import HeldEdits
 from service.engine.history import Edit, History
 from service.engine.judge import Verdict, judge_keep, judge_paraphrases
 from service.engine.proposal import Attempts, Proposed, Proposer
+from service.engine.requests import EditRequest, Limits, Outcome, Published
 from service.ledger import Applied, Entry, LedgerConflict, RedisLedger, RolledBack
 
 View = Literal["live", "base"]
 MAX_RACES = 3
 """How often an edit is judged again because another writer was first."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on what one request may ask for, in tokens. guard_budget: largest drawdown, 0 to 1."""
-
-    prompt_tokens: int = 1024
-    correction_tokens: int = 64
-    new_tokens: int = 512
-    answer_tokens: int = 16
-    guard_budget: float = 0.25
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """What a caller wants corrected. keep: prompts whose answers must stay as the base's."""
-
-    prompt: str
-    correction: str
-    subject: str | None = None
-    paraphrases: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    reason: str | None = None
-    metadata: dict[str, JsonValue] = field(default_factory=dict)
-    actor: str | None = None
-    idempotency_key: str | None = None
-    request_digest: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a request. applied: the edit, as committed or (dry run) as it would have been.
-
-    unchanged: the correction was the answer already, so there is no edit. committed: the ledger holds it.
-    publish_ms: the steps that come after the entry was written, in milliseconds.
-    """
-
-    applied: Applied | None
-    revision: int
-    digest: str
-    before: str
-    committed: bool
-    replayed: bool = False
-    publish_ms: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def unchanged(self) -> bool:
-        return self.applied is None
-
-
-@dataclass(frozen=True)
-class Published:
-    """The state that the live weights are in; replaced whole, so that readers see one or the other."""
-
-    revision: int
-    digest: str
-    active_edits: int
 
 
 class Engine:
