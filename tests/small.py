@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -83,3 +83,10 @@ def small_editor(base: BaseModel, step: float = 0.01) -> MendEditor:
     editor.update_statistics(capture(upper, upper.below(pad([sequence.inputs for sequence in tokens])), tokens))
     torch.nn.init.constant_(editor.log_steps, math.log(step))
     return editor.requires_grad_(False).eval()
+
+
+def adding(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with special tokens of its own around every text, such as `<unk> $A <eos>`."""
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in template.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer

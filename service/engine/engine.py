@@ -52,7 +52,7 @@ MAX_RACES = 3
 class Engine:
     """A model that can be corrected while it serves.
 
-    base, checkpoint: loaded and matching. ledger: of their namespace. `replay` must run once before anything else.
+    base, checkpoint: loaded and matching. ledger: of their namespace. `catch_up` must run once before anything else.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Engine:
         checkpoint: Checkpoint,
         ledger: RedisLedger,
         guard_prompts: list[str],
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
     ) -> None:
-        self.base, self.checkpoint, self.limits = base, checkpoint, limits
+        self.base, self.checkpoint, self.limits = base, checkpoint, limits or Limits()
         self.ledger = ledger
         self.history = History()
         self._state = SumState(checkpoint.editor.targets, base.device)
