@@ -19,8 +19,8 @@ from torch import Tensor
 from editors.text import Tokens
 from editors.views import UpperBlocks, edited
 
-SCALES = tuple(2 ** (step / 4) for step in range(-10, 9))
-"""0.18 to 4, in steps of a quarter octave."""
+SCALES = tuple(2 ** (step / 4) for step in range(-8, 17))
+"""0.25 to 16, in steps of a quarter octave. Corrections of many tokens need the upper end."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class ScaleSearch:
             return enough
         taking = [index for index, value in enumerate(self.margins) if value > 0]
         return sorted(taking, key=lambda index: -self.margins[index])
+
+    @property
+    def strongest(self) -> int:
+        """The scale with the largest margin."""
+        return max(range(len(self.margins)), key=self.margins.__getitem__)
 
     def smaller(self, index: int) -> list[int]:
         """Scales below `index` at which the edit still takes, largest first: what a broken budget leaves."""

@@ -104,7 +104,7 @@ class _Evaluation:
         self._agreement("unrelated", edits, [(i, text) for i, (_, texts) in enumerate(batch) for text in texts])
 
     def _propose(self, examples: Sequence[Example]) -> list[Factors]:
-        """One quantised edit per example, at its searched scale (the largest, where it does not take)."""
+        """One quantised edit per example, at its searched scale (the nearest, where it does not take)."""
         tokens = [encode(self.base.tokenizer, example.prompt, example.correction) for example in examples]
         hidden = self.upper.below(pad([t.inputs for t in tokens], device=self.base.device))
         with torch.no_grad():
@@ -118,7 +118,7 @@ class _Evaluation:
                 proposal.rows_of(self.upper.targets, index),
             )
             order = search.order(self.margin)
-            scale = SCALES[order[0]] if order else SCALES[-1]
+            scale = SCALES[order[0] if order else search.strongest]
             self.scales.append(scale)
             self.records.append({"prompt": examples[index].prompt, "scale": scale, "margins": search.margins})
             edits.append(quantise(proposal.rows_of(self.editor.targets, index), scale))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from editors.base_model import BaseModel
 from editors.data import DataSet, Example
-from editors.errors import EmptyTextError
+from editors.errors import DataFileError, EmptyTextError
 from editors.text import Tokens, encode
 from editors.views import UpperBlocks
 
@@ -29,6 +29,9 @@ SAMPLE_TOKENS = 24
 EXTRA_POSITIONS = 1
 """Beside its last token, a locality text is scored at this many random positions,
 which costs little and keeps the rest of the text."""
+
+ATTEMPTS = 100
+"""Draws for an unrelated item before all of them are looked through, which is slow but ends."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,9 @@ class Corpus:
     ) -> None:
         self.hidden = HiddenStates(upper, base, cache)
         self._base = base
-        self.files = [self._items(data_set.examples) for data_set in data]
+        self.files = [items for items in (self._items(data_set.examples) for data_set in data) if items]
+        if not self.files:
+            raise DataFileError(f"there is no usable example in {', '.join(data_set.name for data_set in data)}")
         self.samples = [Text(Tokens(ids), self.hidden.key(ids)) for ids in samples]
         self._by_template: dict[str, list[Item]] = defaultdict(list)
         for item in (item for items in self.files for item in items):
@@ -215,10 +220,17 @@ class Corpus:
             return rng.choice(self.samples)
         if kind < 0.7 and self._unrelated:
             return rng.choice(self._unrelated)
-        while True:
+        for _ in range(ATTEMPTS):
             other = rng.choice(rng.choice(self.files))
-            if other is not item and (other.template is None or other.template != item.template):
+            if _of_another_kind(other, item):
                 return _prompt_of(other)
+        others = [_prompt_of(other) for items in self.files for other in items if _of_another_kind(other, item)]
+        if not (others or self.samples or self._unrelated):
+            raise DataFileError(
+                "every example is of one relation and there is no unrelated text to keep; "
+                "add examples of another relation, unrelated prompts, or --samples"
+            )
+        return rng.choice(others or self.samples or self._unrelated)
 
 
 def locality_positions(rng: random.Random, texts: Sequence[Text]) -> tuple[list[int], list[int]]:
@@ -267,6 +279,12 @@ def own_samples(base: BaseModel, count: int, seed: int) -> list[tuple[int, ...]]
     finally:
         torch.random.set_rng_state(state)
     return samples
+
+
+def _of_another_kind(other: Item, item: Item) -> bool:
+    """Whether an item's prompt is unrelated to another's: neither the same text nor of the same template."""
+    same_prompt = other.edit.tokens.prompt == item.edit.tokens.prompt
+    return not same_prompt and (other.template is None or other.template != item.template)
 
 
 def _prompt_of(item: Item) -> Text:

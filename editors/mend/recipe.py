@@ -51,12 +51,13 @@ def train(
     trainer = Trainer(editor, upper, corpus, held_out, config, folder)
     if resume:
         trainer.resume()
+    trainer.progress.commands.append(command)
     best: list[Validation] = []
 
     def on_best(figures: Validation) -> None:
         best.append(figures)
         facts: dict[str, Any] = {
-            "command": command,
+            "command": "\n".join(trainer.progress.commands),
             "config": dataclasses.asdict(config),
             "training_data": [_describe(data) for data in training],
             "validation_data": [_describe(data) for data in validation],

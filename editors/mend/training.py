@@ -84,6 +84,8 @@ class Progress:
     best_step: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    """Every command that took part in it, the first and those that resumed it."""
 
 
 class _Divergence(torch.autograd.Function):
@@ -173,18 +175,22 @@ class Trainer:
             rng, self.config.batch, self_share=self.config.self_share, unrelated=self.config.unrelated
         )
         loss, parts = self._loss(batch, rng, update_statistics=True)
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss is {loss.item()} at step {self.progress.step}; the last good state is in {self.folder}: "
-                "resume it with a lower --learning-rate",
-                step=self.progress.step,
-            )
+        self._require_finite("loss", loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.editor.parameters(), self.config.gradient_clip)
+        self._require_finite("gradient", norm)  # a finite loss may have one that is not
         self.optimizer.step()
         self.scheduler.step()
         return {**parts, "loss": loss.item(), "gradient": norm.item()}
+
+    def _require_finite(self, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise TrainingDiverged(
+                f"the {what} is {value.item()} at step {self.progress.step}; the last good state is in {self.folder}: "
+                "resume it with a lower --learning-rate",
+                step=self.progress.step,
+            )
 
     @torch.no_grad()
     def calibrate(self) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from editors.base_model import BaseModel
 from editors.decoding import Generation, Sampling, generate
-from editors.errors import EmptyTextError
+from editors.errors import EmptyTextError, StateError
 from editors.factors import Factors, digest
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import SCALES
@@ -28,8 +28,10 @@ from editors.state import SumState
 from editors.text import Tokens, begins_with, encode
 from editors.views import UpperBlocks, view
 from service.engine.errors import (
+    AlreadyRolledBack,
     DidNotTake,
     DrawdownExceeded,
+    EditNotFound,
     IdempotencyKeyReused,
     LedgerDiverged,
     RevisionMismatch,
@@ -74,6 +76,7 @@ class Engine:
         self._proposer = Proposer(base, checkpoint, pristine, UpperBlocks(self._live, checkpoint.editor.targets))
         self._guard = Guard(base, pristine, guard_prompts)
         self._held = HeldEdits(base, pristine)
+        self._positions: int | None = getattr(base.model.config, "max_position_embeddings", None)
         self._gate = Gate()
         self._writing = threading.RLock()
         self._last: Entry | None = None
@@ -86,7 +89,7 @@ class Engine:
         self, prompt: str, max_new_tokens: int, which: View = "live", sampling: Sampling | None = None
     ) -> tuple[Generation, Published]:
         """Continue a prompt on one view; the answer comes from exactly the state that is returned with it."""
-        self._check_length("prompt", prompt, len(encode(self.base.tokenizer, prompt).prompt))
+        self._check_length("prompt", prompt, max_new_tokens)
         with self._gate.reading():
             model = self._live if which == "live" else self.base.model
             return generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling), self.published
@@ -116,7 +119,7 @@ class Engine:
 
     def _apply(self, request: EditRequest, tokens: Tokens, dry_run: bool) -> Outcome:
         clock = _Clock()
-        before = self._answer(self._live)(request.prompt).text
+        before = self._answer(self._live, tokens)(request.prompt).text
         clock.lap("before")
         now = self.published
         if begins_with(before, request.correction):
@@ -153,9 +156,8 @@ class Engine:
                 self._state.remove(factors)
 
     def _judge(self, request: EditRequest, tokens: Tokens) -> Verdict:
-        candidate, pristine = self._answer(self._candidate), self._answer(self.base.model)
-        length = max(self.limits.answer_tokens, len(tokens.target) + 2)
-        after = generate(self._candidate, self.base.tokenizer, request.prompt, length).text
+        candidate, pristine = self._answer(self._candidate, tokens), self._answer(self.base.model, tokens)
+        after = candidate(request.prompt).text
         return Verdict(
             after=after,
             took=begins_with(after, request.correction),
@@ -264,12 +266,7 @@ class Engine:
                 return
             # The state keeps what was read even if reading breaks off: the next call goes on behind it.
             for entry, raw in self.ledger.read(after=self._last.sequence if self._last else 0):
-                if isinstance(entry, Applied):
-                    self._state.add(Factors.from_bytes(raw))
-                else:
-                    applied = self.history.active(entry.edit_id).applied
-                    self._state.remove(Factors.from_bytes(self.ledger.factors(applied.sequence)))
-                self._record(entry)
+                self._replay(entry, raw)
             last = self._last
             actual = self._state.digest()
             if actual != last.state_digest:
@@ -290,6 +287,22 @@ class Engine:
             finally:
                 self._writing.release()
 
+    def _replay(self, entry: Entry, raw: bytes) -> None:
+        """Take one entry of the ledger into the state. Raises LedgerDiverged when it does not follow on it."""
+        try:
+            if isinstance(entry, Applied):
+                self._state.add(Factors.from_bytes(raw))
+            else:
+                applied = self.history.active(entry.edit_id).applied
+                self._state.remove(Factors.from_bytes(self.ledger.factors(applied.sequence)))
+        except (StateError, EditNotFound, AlreadyRolledBack) as error:
+            raise LedgerDiverged(
+                f"entry {entry.sequence} of the ledger cannot be applied: {error}; "
+                "do not trust this ledger with this model and editor",
+                sequence=entry.sequence,
+            ) from error
+        self._record(entry)
+
     def _publish(self, entry: Entry) -> None:
         self._record(entry)
         self._make_live(entry)
@@ -309,7 +322,8 @@ class Engine:
 
     def _encode(self, request: EditRequest) -> Tokens:
         tokens = encode(self.base.tokenizer, request.prompt, request.correction)
-        self._check_length("prompt", request.prompt, len(tokens.prompt))
+        length = self._answer_length(tokens)
+        self._check_length("prompt", request.prompt, length)
         if len(tokens.target) > self.limits.correction_tokens:
             raise TextTooLong(
                 f"correction has {len(tokens.target)} tokens, more than {self.limits.correction_tokens}; shorten it",
@@ -319,18 +333,28 @@ class Engine:
             )
         for name in ("paraphrases", "keep"):
             for prompt in getattr(request, name):
-                self._check_length(name, prompt, len(encode(self.base.tokenizer, prompt).prompt))
+                self._check_length(name, prompt, length)
         return tokens
 
-    def _check_length(self, name: str, text: str, tokens: int) -> None:
+    def _check_length(self, name: str, text: str, new_tokens: int) -> None:
+        """Refuse a prompt without words, beyond the limit, or that leaves no positions for what is to follow it."""
         if not text.strip():
             raise EmptyTextError(f"{name} is empty; give it some words", field=name)
+        tokens = len(encode(self.base.tokenizer, text).prompt)
         if tokens > self.limits.prompt_tokens:
             raise TextTooLong(
                 f"{name} has {tokens} tokens, more than {self.limits.prompt_tokens}; shorten it",
                 field=name,
                 tokens=tokens,
                 limit=self.limits.prompt_tokens,
+            )
+        if self._positions is not None and tokens + new_tokens > self._positions:
+            raise TextTooLong(
+                f"{name} has {tokens} tokens, which with {new_tokens} to follow is more than the model's "
+                f"{self._positions} positions; shorten it, or ask for fewer",
+                field=name,
+                tokens=tokens + new_tokens,
+                limit=self._positions,
             )
 
     def _expect(self, revision: int | None) -> None:
@@ -349,8 +373,12 @@ class Engine:
         applied = edit.applied
         return Outcome(applied, applied.sequence, applied.state_digest, applied.before, committed=True, replayed=True)
 
-    def _answer(self, model: torch.nn.Module) -> Callable[[str], Generation]:
-        return lambda prompt: generate(model, self.base.tokenizer, prompt, self.limits.answer_tokens)
+    def _answer(self, model: torch.nn.Module, tokens: Tokens) -> Callable[[str], Generation]:
+        """Answers that are long enough to tell whether they begin with the correction."""
+        return lambda prompt: generate(model, self.base.tokenizer, prompt, self._answer_length(tokens))
+
+    def _answer_length(self, tokens: Tokens) -> int:
+        return max(self.limits.answer_tokens, len(tokens.target) + 2)
 
     def _refusal(
         self, request: EditRequest, proposed: Proposed, before: str, verdict: Verdict | None

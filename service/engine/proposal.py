@@ -38,7 +38,7 @@ class Proposed:
     @property
     def best_margin(self) -> float:
         """How far the correction gets ahead at the best scale, in nats; not above 0 when it never takes."""
-        return max(self.search.margins)
+        return self.search.margins[self.search.strongest]
 
 
 class Attempts:
