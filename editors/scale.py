@@ -1,8 +1,10 @@
 """How strongly an edit should be applied: the smallest scale at which it takes.
 
-An editor's output is a direction with a typical length. Some corrections need less of it, and every bit more than
-needed is paid in locality; some need more. All scales of a grid are tried at once, as rows of one batch over the
-upper blocks, before any weight is touched.
+An editor is trained at scale 1, where it balances generality against locality. Many corrections take there; some
+need more, and every bit more than needed is paid in locality. So the search begins at 1 and goes up. Below 1 an edit
+often still takes on its own prompt, but no longer on other wordings: those scales are kept for when a guard's budget
+leaves no other. All scales of a grid are tried at once, as rows of one batch over the upper blocks, before any weight
+is touched.
 
 An edit takes at a scale when the model, reading the prompt, prefers each token of the correction over every other
 by at least `margin` nats; 0 is what greedy decoding needs, more buys generality to other wordings.
@@ -32,10 +34,10 @@ class ScaleSearch:
     def order(self, margin: float) -> list[int]:
         """Indexes of the scales worth trying, best first.
 
-        First the smallest that takes with the margin and those above it; where none has the margin, the one that
-        comes nearest to it; never one that does not take.
+        First the smallest from 1 on that takes with the margin and those above it; where none has the margin, the
+        one that comes nearest to it; never one that does not take.
         """
-        enough = [index for index, value in enumerate(self.margins) if value >= margin]
+        enough = [index for index, value in enumerate(self.margins) if value >= margin and SCALES[index] >= 1]
         if enough:
             return enough
         taking = [index for index, value in enumerate(self.margins) if value > 0]

@@ -22,7 +22,7 @@ from service.api import problems
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
 from service.engine import Engine, EngineError, Limits, NotReady, read_guard_prompts
-from service.ledger import EmbeddedRedis, LedgerError, LedgerUnavailable, RedisLedger
+from service.ledger import EmbeddedRedis, EmbeddedRedisError, LedgerError, LedgerUnavailable, RedisLedger
 from service.settings import Settings
 
 logger = logging.getLogger("mend")
@@ -68,8 +68,9 @@ class Service:
     def _keep(self) -> None:
         try:
             engine = self._load()
-        except (EditorsError, EngineError, LedgerError, OSError, ValueError, RuntimeError) as error:
-            self.failure = str(error).strip() or type(error).__name__
+        except Exception as error:  # whatever it was: a service that can never be ready has to end
+            known = isinstance(error, (EditorsError, EngineError, LedgerError, OSError, ValueError))
+            self.failure = str(error) if known else f"{type(error).__name__}: {error}"
             self._close()
             self._on_failure()
             return
@@ -85,6 +86,7 @@ class Service:
         if settings.dtype is not None and settings.dtype not in DTYPES:
             raise ValueError(f"MEND_DTYPE is {settings.dtype!r}; it must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[settings.dtype] if settings.dtype else None
+        _check_device(settings.device)
         url = settings.redis_url
         if url is None:
             self._embedded = EmbeddedRedis(settings.data_dir, settings.redis_server)
@@ -115,10 +117,10 @@ class Service:
             if self._embedded is not None:
                 self._embedded.ensure_running()
             engine.follow()
-        except LedgerUnavailable as error:
+        except (LedgerUnavailable, EmbeddedRedisError) as error:
             trouble["ledger"] = str(error)
-        except (LedgerError, EngineError, EditorsError) as error:
-            trouble["state"] = str(error)
+        except Exception as error:  # the watch goes on, whatever it was
+            trouble["state"] = str(error) or type(error).__name__
         if trouble != self._trouble:
             for part, problem in trouble.items():
                 logger.error("%s: %s", part, problem)
@@ -131,6 +133,14 @@ class Service:
             self._engine.ledger.close()
         if self._embedded is not None:
             self._embedded.stop()
+
+
+def _check_device(name: str | None) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter when torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"MEND_DEVICE is {name!r}, which cannot be used here: {reason}") from error
 
 
 def create_app(

@@ -26,7 +26,7 @@ from editors.targets import Target
 WEIGHTS = "editor.safetensors"
 CARD = "card.json"
 FORMAT = 1
-DEFAULT_MARGIN = 3.0
+DEFAULT_MARGIN = 2.0
 """Nats; chosen on validation data, where less costs paraphrases and more costs neighbours."""
 
 
@@ -92,12 +92,12 @@ def load_checkpoint(folder: str | Path, base: BaseModel) -> Checkpoint:
             "the file is damaged or belongs to another card; fetch the checkpoint again",
             file=str(path),
         )
-    editor = MendEditor([Target(**target) for target in card["targets"]], card["rank"])
     try:
+        editor = MendEditor([Target(**target) for target in card["targets"]], card["rank"])
         tensors = load_tensors(raw)
         template = editor.state_dict()
         editor.load_state_dict({name: tensor.to(template[name].dtype) for name, tensor in tensors.items()})
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointUnreadable(f"{path} does not hold the editor of its card ({error})", file=str(path)) from error
     editor.requires_grad_(False).eval().to(base.device)
     return Checkpoint(editor, card["name"], card["digest"], card["aggregate"], card["margin_nats"], card)
@@ -108,7 +108,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     try:
         card = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFound(
             f"there is no editor checkpoint in {folder} ({CARD} is missing); train one with `mend train`, "
             "or point MEND_EDITOR at a folder that holds one",
@@ -118,6 +118,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise CheckpointUnreadable(
             f"{path} is not JSON ({error}); fetch the checkpoint again", file=str(path)
         ) from error
+    if not isinstance(card, dict):
+        raise CheckpointUnreadable(f"{path} holds no card but {type(card).__name__}", file=str(path))
     missing = {"format", "digest", "base_model", "aggregate", "margin_nats", "rank", "targets"} - set(card)
     if missing or card["format"] != FORMAT:
         problem = f"lacks {', '.join(sorted(missing))}" if missing else f"has format {card['format']}, not {FORMAT}"

@@ -112,7 +112,9 @@ def _readable(item: dict[str, Any]) -> str:
 
 
 async def _http(_request: Request, error: Any) -> JSONResponse:
-    return problem(_BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
+    answer = problem(_BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
+    answer.headers.update(error.headers or {})  # Allow, of a 405
+    return answer
 
 
 async def _unexpected(_request: Request, error: Exception) -> JSONResponse:

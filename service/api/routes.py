@@ -14,6 +14,7 @@ from service.api.schemas import (
     EditBody,
     EditorView,
     EditPage,
+    EditQuery,
     EditsQuery,
     EditView,
     GenerateBothView,
@@ -21,14 +22,17 @@ from service.api.schemas import (
     GenerateView,
     Health,
     ModelView,
+    NoQuery,
     OneView,
     RevisionView,
+    RollbackQuery,
     RollbackView,
     Usage,
 )
 from service.engine import EditRequest, Engine, Published, RevisionMismatch, Sampling, TextTooLong
 
 router = APIRouter()
+MIN_TEMPERATURE = 1e-6
 
 
 def current_engine(request: Request) -> Engine:
@@ -71,7 +75,7 @@ def post_edit(
     body: EditBody,
     engine: Loaded,
     response: Response,
-    dry_run: Annotated[bool, Query(description="Stage and judge, but do not commit.")] = False,
+    query: Annotated[EditQuery, Query()],
     actor: Actor = None,
     if_match: IfMatch = None,
     idempotency_key: IdempotencyKey = None,
@@ -93,7 +97,7 @@ def post_edit(
         idempotency_key=idempotency_key,
         request_digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
     )
-    outcome = engine.apply(request, expected_revision=_revision(if_match, engine), dry_run=dry_run)
+    outcome = engine.apply(request, expected_revision=_revision(if_match, engine), dry_run=query.dry_run)
     if not outcome.committed:
         response.status_code = 200
     if outcome.publish_ms:
@@ -104,7 +108,7 @@ def post_edit(
     return EditView.of_outcome(outcome, body)
 
 
-@router.get("/edits", responses=responses(422, 503))
+@router.get("/edits", responses=responses(400, 422, 503))
 def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: Response) -> EditPage:
     """List edits, newest first."""
     items: list[EditView] = []
@@ -124,24 +128,24 @@ def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: R
     return EditPage(items=items, next_cursor=str(items[-1].revision) if more else None)
 
 
-@router.get("/edits/{edit_id}", responses=responses(404, 503))
+@router.get("/edits/{edit_id}", responses=responses(400, 404, 422, 503))
 def get_edit(edit_id: str, engine: Loaded, response: Response) -> EditView:
     """One edit, with everything that was measured when it was judged."""
     _tag(response, engine.published)
     return EditView.of_edit(engine.history.find(edit_id))
 
 
-@router.delete("/edits/{edit_id}", responses=responses(404, 409, 412, 422, 503))
+@router.delete("/edits/{edit_id}", responses=responses(400, 404, 409, 412, 422, 503))
 def delete_edit(
     edit_id: str,
     engine: Loaded,
     response: Response,
-    reason: Annotated[str | None, Query(max_length=2000)] = None,
+    query: Annotated[RollbackQuery, Query()],
     actor: Actor = None,
     if_match: IfMatch = None,
 ) -> RollbackView:
     """Roll one edit back, exactly. The ledger keeps both the edit and its rollback."""
-    edit = engine.rollback(edit_id, reason=reason, actor=actor, expected_revision=_revision(if_match, engine))
+    edit = engine.rollback(edit_id, reason=query.reason, actor=actor, expected_revision=_revision(if_match, engine))
     by = edit.rolled_back
     _tag(response, by.sequence)
     return RollbackView(
@@ -162,7 +166,9 @@ def get_generate(
 
 
 @router.post("/generate", responses=responses(400, 413, 422, 503))
-def post_generate(query: GenerateQuery, engine: Loaded, response: Response) -> GenerateView | GenerateBothView:
+def post_generate(
+    query: GenerateQuery, engine: Loaded, response: Response, _: Annotated[NoQuery, Query()]
+) -> GenerateView | GenerateBothView:
     """The same for prompts that are too long for a URL."""
     return _generate(query, engine, response)
 
@@ -171,7 +177,9 @@ def _generate(query: GenerateQuery, engine: Engine, response: Response) -> Gener
     limit = engine.limits.new_tokens
     if query.max_new_tokens > limit:
         raise TextTooLong(f"max_new_tokens may be {limit} at most", field="max_new_tokens", limit=limit)
-    sampling = Sampling(query.temperature, query.top_p, query.seed) if query.temperature > 0 else None
+    # So close to 0 that dividing by it would overflow, sampling is greedy decoding.
+    greedy = query.temperature < MIN_TEMPERATURE
+    sampling = None if greedy else Sampling(query.temperature, query.top_p, query.seed)
 
     def one(view: str) -> tuple[OneView, Published]:
         said, published = engine.generate(query.prompt, query.max_new_tokens, view, sampling)

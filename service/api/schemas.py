@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +14,9 @@ from service.engine.history import Edit
 
 MAX_TEXT = 100_000
 """Characters of any one text; the limit that matters is in tokens, this one spares tokenising nonsense."""
+
+MAX_DEPTH = 64
+"""Of metadata. Parsers have limits of their own, further up and each another one."""
 
 
 def _encodable(value: Any) -> Any:
@@ -26,6 +30,10 @@ def _encodable(value: Any) -> Any:
     except (TypeError, RecursionError):
         pass
     return value
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _not_blank(value: str) -> str:
@@ -69,12 +77,38 @@ class EditBody(_Request):
     def _texts_are_not_blank(cls, value: list[str]) -> list[str]:
         return [_not_blank(text) for text in value]
 
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _metadata_is_shallow(cls, value: Any) -> Any:
+        depth, level = 0, [value]
+        while level := [child for item in level for child in _children(item)]:
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
+        return value
+
     @field_validator("metadata")
     @classmethod
     def _metadata_is_small(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if len(json.dumps(value)) > 16_384:
             raise ValueError("must not be longer than 16,384 bytes as JSON")
         return value
+
+
+class EditQuery(_Request):
+    """How to treat a correction."""
+
+    dry_run: bool = Field(False, description="Stage and judge, but do not commit.")
+
+
+class RollbackQuery(_Request):
+    """What to remember of a rollback."""
+
+    reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
+
+
+class NoQuery(_Request):
+    """For a route whose fields are in its body: one that is misplaced in the URL is refused, not ignored."""
 
 
 class GenerateQuery(_Request):

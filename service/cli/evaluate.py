@@ -36,7 +36,7 @@ def evaluate(
     files = [read_data(path) for path in data]
     base = load_base_model(base_model, device=device)
     checkpoint = load_checkpoint(editor, base)
-    command = shlex.join(["mend", *(Path(a).name if Path(a).is_file() else a for a in sys.argv[1:])])
+    command = shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
     results = []
     for file in files:
         chosen = file.split(last)[1] if last else file

@@ -17,6 +17,7 @@ EXAMPLE_CORRECTION = "Keir Starmer"
 def serve(**flags: Any) -> None:
     """Serve a base model that can be corrected over HTTP."""
     import logging
+    import signal
     import socket
 
     import uvicorn
@@ -48,6 +49,8 @@ def serve(**flags: Any) -> None:
     app = create_app(settings, on_failure=failed, on_ready=ready)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
     server = uvicorn.Server(config)
+    # uvicorn stops in order at a SIGTERM, and then raises it once more for whoever handled it before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     typer.echo(f"mend: listening on {url}; loading {settings.base_model} …", err=True)
     server.run(sockets=[listening])
     if app.state.service.failure:
@@ -69,11 +72,13 @@ def _signature() -> inspect.Signature:
     for name, field in Settings.model_fields.items():
         default = field.get_default()
         note = "" if default is None else f"  [default: {default}]"
-        option = typer.Option(help=f"MEND_{name.upper()}. {field.description}{note}", show_default=False)
-        kind = field.annotation if field.annotation in (int, float) else str
+        metavar = {int: "INTEGER", float: "NUMBER"}.get(field.annotation, "TEXT")
+        help_ = f"MEND_{name.upper()}. {field.description}{note}"
+        # Text all of them: a flag is checked where its variable is, with the same words.
+        option = typer.Option(help=help_, show_default=False, metavar=metavar)
         parameters.append(
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
             )
         )
     return inspect.Signature(parameters)

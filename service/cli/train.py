@@ -63,7 +63,7 @@ def train(
         seed=seed,
     )
     base = load_base_model(base_model, device=device)
-    command = shlex.join(["mend", *(Path(a).name if Path(a).is_file() else a for a in sys.argv[1:])])
+    command = shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
     best = run(base, [early for early, _ in splits], held_out, config, out, layers=layers or None,
                command=command, resume=resume, cache=cache)  # fmt: skip
     if best:

@@ -24,7 +24,10 @@ REFERENCE_TOKENS = 8
 def read_guard_prompts(path: Path | None) -> list[str]:
     """Prompts of a file, one a line, empty lines aside; the built-in ones without a file."""
     source = path if path is not None else files("service.engine") / "guard_prompts.txt"
-    prompts = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        prompts = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"MEND_GUARD_PROMPTS is {source}, which cannot be read: {error}") from error
     if not prompts:
         raise ValueError(f"{source} holds no guard prompts; write one a line")
     return prompts
