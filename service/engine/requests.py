@@ -17,7 +17,7 @@ class Limits:
     correction_tokens: int = 64
     new_tokens: int = 512
     answer_tokens: int = 16
-    guard_budget: float = 0.25
+    guard_budget: float = 0.3
 
 
 @dataclass(frozen=True)

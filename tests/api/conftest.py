@@ -1,0 +1,93 @@
+"""The real application, with its lifespan, over a small model in a folder and an embedded Redis of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from editors.base_model import load_base_model
+from editors.mend.checkpoint import load_checkpoint
+from service.app import create_app
+from service.engine import EditRequest, Engine
+from service.ledger import EmbeddedRedis, RedisLedger
+from service.settings import Settings
+from tests.service_fixtures import Folders, find_edits, small_engine
+
+READY_WITHIN_S = 120
+
+Serve = Callable[..., AbstractContextManager[TestClient]]
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = READY_WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def engine_of(client: TestClient) -> Engine:
+    return client.app.state.service.ready_engine()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """GPT-2's layout: its positions are learnt, so that it is the one that breaks on texts that are too long."""
+    return Folders.write(tmp_path_factory.mktemp("model"), "conv1d")
+
+
+@pytest.fixture(scope="session")
+def edits(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> tuple[EditRequest, ...]:
+    """Three edits that take one after another."""
+    base = load_base_model(str(folders.base_model))
+    with (
+        EmbeddedRedis(tmp_path_factory.mktemp("redis")) as redis,
+        closing(RedisLedger.connect(redis.url, "edits")) as ledger,
+    ):
+        return find_edits(small_engine(base, load_checkpoint(folders.editor, base), ledger))
+
+
+@pytest.fixture(scope="session")
+def bodies(edits: tuple[EditRequest, ...]) -> tuple[dict, ...]:
+    """The same, as a client sends them."""
+    return tuple({"prompt": edit.prompt, "correction": edit.correction} for edit in edits)
+
+
+@pytest.fixture(scope="session")
+def serve(folders: Folders) -> Serve:
+    """Start the application and wait until it is ready."""
+
+    @contextmanager
+    def serve(data_dir: Path, **settings: object) -> Iterator[TestClient]:
+        app = create_app(Settings(**{**folders.settings(data_dir), **settings}))
+        with TestClient(app, raise_server_exceptions=False) as client:
+            wait_until(lambda: client.get("/readyz").status_code == 200 or bool(app.state.service.failure))
+            assert app.state.service.failure is None
+            yield client
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def shared(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with serve(tmp_path_factory.mktemp("data")) as client:
+        yield client
+
+
+@pytest.fixture
+def client(shared: TestClient) -> TestClient:
+    """A client of the application that all tests share, with no edit active. Its revision is not 0."""
+    for edit in engine_of(shared).history.all_active():
+        engine_of(shared).rollback(edit.id)
+    return shared
+
+
+@pytest.fixture
+def fresh(serve: Serve, tmp_path: Path) -> Iterator[TestClient]:
+    """A client of an application of its own, at revision 0."""
+    with serve(tmp_path / "data") as client:
+        yield client

@@ -1,0 +1,139 @@
+"""Generation and what is loaded: the fields that clients rely on."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.api.answers import assert_fields, assert_problem
+from tests.api.conftest import engine_of
+
+PROMPT = "The capital of France is"
+
+
+def ask(client, **query: object) -> dict:
+    answer = client.get("/generate", params={"prompt": PROMPT, "max_new_tokens": 8, **query})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["etag"] == f'"{answer.json()["revision"]}"'
+    return answer.json()
+
+
+class TestGenerate:
+    def test_answers_with_the_continuation_and_where_it_is_from(self, client):
+        said = ask(client)
+        assert_fields(said, "text", "revision", "view", "finish_reason", "usage")
+        assert said["view"] == "live"
+        assert said["revision"] == client.get("/revision").json()["revision"]
+        assert said["finish_reason"] in {"stop", "length"}
+        assert not said["text"].startswith(PROMPT)
+        usage = said["usage"]
+        assert usage["prompt_tokens"] == len(engine_of(client).base.tokenizer(PROMPT).input_ids)
+        assert usage["completion_tokens"] <= 8
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+    def test_by_get_and_by_post_is_the_same(self, client):
+        query = {"prompt": PROMPT, "max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9, "seed": 3, "view": "both"}
+        answer = client.post("/generate", json=query)
+        assert answer.status_code == 200
+        assert answer.json() == ask(client, **query)
+        assert client.post("/generate", json={"prompt": PROMPT}).status_code == 200
+
+    def test_with_both_views_shows_them_side_by_side(self, client, bodies):
+        untouched = ask(client, prompt=bodies[0]["prompt"])["text"]
+        made = client.post("/edits", json=bodies[0]).json()
+        both = ask(client, prompt=bodies[0]["prompt"], view="both")
+        assert_fields(both, "live", "base", "revision")
+        assert both["revision"] == made["revision"]
+        assert both["base"]["text"] == untouched
+        assert both["live"]["text"].strip().startswith(bodies[0]["correction"].strip())
+        for view in ("live", "base"):
+            alone = ask(client, prompt=bodies[0]["prompt"], view=view)
+            assert alone["view"] == view
+            assert {name: alone[name] for name in both[view]} == both[view]
+
+    def test_with_a_seed_can_be_repeated(self, client):
+        sampled = [ask(client, temperature=1.5, seed=seed)["text"] for seed in (1, 2, 3, 1)]
+        assert sampled[0] == sampled[3]
+        assert len(set(sampled)) > 1
+
+    @pytest.mark.parametrize("temperature", ["0", "1e-9", "1e-38", "1e-45", "1e-300", "5e-324"])
+    def test_without_any_temperature_to_speak_of_is_greedy(self, client, temperature):
+        assert ask(client, temperature=temperature)["text"] == ask(client)["text"]
+
+    @pytest.mark.parametrize("query", [{"temperature": 10}, {"temperature": 1, "top_p": 1e-300}, {"seed": 2**63 - 1}])
+    def test_at_the_edge_of_what_may_be_asked(self, client, query):
+        assert ask(client, **{"temperature": 1, **query})["text"]
+
+    def test_takes_any_text(self, client):
+        for prompt in (
+            "\x00",
+            "a\x00b",
+            "日本",
+            "☃ 🙂",
+            "<eos>",
+            "<pad><unk>",
+            "%",
+            "\n\n x",
+            "' OR 1=1 --",
+            "{{7*7}}",
+        ):
+            assert_fields(ask(client, prompt=prompt), "text")
+
+    def test_beyond_what_one_request_may_ask_for_is_refused(self, serve, tmp_path):
+        with serve(tmp_path, max_new_tokens=5) as client:
+            assert ask(client, max_new_tokens=5)["usage"]["completion_tokens"] <= 5
+            for answer in (
+                client.get("/generate", params={"prompt": PROMPT, "max_new_tokens": 6}),
+                client.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 10**30}),
+            ):
+                problem = assert_problem(answer, "text_too_long")
+                assert (problem["field"], problem["limit"]) == ("max_new_tokens", 5)
+
+    def test_beyond_the_model_s_own_positions_is_refused(self, client):
+        positions = engine_of(client).base.model.config.max_position_embeddings
+        prompt = "The" + " the" * (positions - 9)
+        assert ask(client, prompt=prompt, max_new_tokens=8)["usage"]["prompt_tokens"] == positions - 8
+        for view in ("live", "base", "both"):
+            answer = client.get("/generate", params={"prompt": prompt, "max_new_tokens": 9, "view": view})
+            assert assert_problem(answer, "text_too_long")["limit"] == positions
+        assert_problem(client.post("/generate", json={"prompt": prompt * 2}), "text_too_long")
+        assert_problem(client.post("/edits", json={"prompt": prompt * 2, "correction": "Rome"}), "text_too_long")
+        long = {"prompt": PROMPT, "correction": "Rome", "keep": [prompt * 2]}
+        assert_problem(client.post("/edits", json=long), "text_too_long")
+
+
+class TestModel:
+    def test_says_what_is_loaded(self, client, bodies, folders):
+        made = client.post("/edits", json=bodies[0]).json()
+        answer = client.get("/model")
+        model = answer.json()
+        assert_fields(model, "base_model", "editor", "revision", "active_edits", "digest")
+        assert_fields(model["base_model"], "ref", "digest", "parameters")
+        assert_fields(model["editor"], "name", "digest", "aggregate")
+        engine = engine_of(client)
+        assert model["base_model"] == {
+            "ref": str(folders.base_model), "digest": engine.base.digest, "parameters": engine.base.parameters,
+        }  # fmt: skip
+        assert model["editor"] == {
+            "name": folders.editor.name, "digest": engine.checkpoint.digest, "aggregate": "sum",
+        }  # fmt: skip
+        assert (model["revision"], model["digest"], model["active_edits"]) == (made["revision"], made["digest"], 1)
+        assert answer.headers["etag"] == f'"{made["revision"]}"'
+
+    def test_revision_says_the_state_alone(self, client):
+        answer = client.get("/revision")
+        assert answer.json() == {name: client.get("/model").json()[name] for name in ("revision", "digest")}
+        assert answer.headers["etag"] == f'"{answer.json()["revision"]}"'
+
+
+class TestProbes:
+    def test_are_ok(self, client):
+        assert client.get("/livez").json()["status"] == "ok"
+        ready = client.get("/readyz")
+        assert ready.status_code == 200
+        assert ready.json() == {"status": "ready", "checks": {"model": "ok", "ledger": "ok"}}
+
+    def test_the_root_leads_to_the_documentation(self, client):
+        answer = client.get("/", follow_redirects=False)
+        assert answer.is_redirect
+        assert answer.headers["location"] == "/docs"
+        assert client.get("/docs").status_code == 200

@@ -1,0 +1,165 @@
+"""`mend serve` as a process: it says in one line why it cannot start, and it stops in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from editors.base_model import load_base_model
+from service.ledger import EmbeddedRedis, RedisLedger
+from service.settings import Settings
+from tests.e2e.server import Server, serving
+from tests.service_fixtures import Folders, find_edits, save_base, save_editor, small_checkpoint, small_engine
+
+MEND = [sys.executable, "-c", "from service.cli import main; main()"]
+ENDS_WITHIN_S = 240
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders.write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def environment(folders: Folders) -> dict[str, str]:
+    """Settings of a service that starts."""
+    return {
+        f"MEND_{name.upper()}": str(value) for name, value in folders.settings(Path()).items() if name != "data_dir"
+    }
+
+
+@pytest.fixture(scope="module")
+def live(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A service that runs, and its data folder."""
+    folder = tmp_path_factory.mktemp("live")
+    with serving(folder / "data", folder / "log", **environment) as server:
+        yield server, folder / "data"
+
+
+def refusal(environment: dict[str, str], data_dir: Path, *flags: str, **settings: str) -> str:
+    """Why a service does not start: the only line that it leaves."""
+    settings = {"MEND_PORT": "0", "MEND_DATA_DIR": str(data_dir), **environment, **settings}
+    ended = subprocess.run(
+        [*MEND, "serve", *flags],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=ENDS_WITHIN_S,
+        check=False,
+    )
+    assert ended.returncode not in (0, -signal.SIGKILL), ended.stderr
+    assert ended.returncode > 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "is ready" not in ended.stdout
+    *before, last = ended.stderr.splitlines()
+    assert last.startswith("mend: "), ended.stderr
+    assert all(line.startswith("mend: listening on") for line in before if line.startswith("mend: "))
+    return last.removeprefix("mend: ")
+
+
+class TestWillNotStart:
+    def test_without_its_base_model(self, environment, tmp_path):
+        missing = tmp_path / "nothing here"
+        said = refusal(environment, tmp_path, "--base-model", str(missing))
+        assert str(missing) in said
+        assert "MEND_BASE_MODEL" in said
+
+    def test_with_the_editor_of_another_model_and_names_both(self, environment, tmp_path):
+        other = save_base(tmp_path / "other", "conv1d")
+        editor = save_editor(tmp_path / "other-editor", other)
+        said = refusal(environment, tmp_path, MEND_EDITOR=str(editor))
+        digests = [word.strip(";,") for word in said.split() if word.startswith("sha256:")]
+        assert len(set(digests)) == 2
+        assert other.digest in digests
+
+    def test_without_its_guard_prompts(self, environment, tmp_path):
+        said = refusal(environment, tmp_path, "--guard-prompts", str(tmp_path / "nothing"))
+        assert "MEND_GUARD_PROMPTS" in said
+        assert str(tmp_path / "nothing") in said
+
+    @pytest.mark.parametrize(
+        ("flags", "settings"),
+        [(["--port", "many"], {}), ([], {"MEND_GUARD_BUDGET": "1.5"})],
+        ids=["flag", "variable"],
+    )
+    def test_with_a_setting_that_makes_no_sense(self, environment, tmp_path, flags, settings):
+        environment = {name: value for name, value in environment.items() if name not in settings}
+        said = refusal(environment, tmp_path, *flags, **settings)
+        assert said.startswith("MEND_PORT is 'many'" if flags else "MEND_GUARD_BUDGET is '1.5'")
+
+    def test_on_a_port_that_is_taken(self, environment, tmp_path):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            said = refusal(environment, tmp_path, "--port", port)
+        assert port in said
+        assert "MEND_PORT" in said
+
+    def test_on_the_data_of_a_service_that_runs(self, environment, live):
+        server, data_dir = live
+        said = refusal(environment, data_dir)
+        assert str(data_dir) in said
+        assert str(server.process.pid) in said
+        assert server.get("/readyz")["status"] == "ready"
+
+
+class TestStop:
+    def test_by_sigterm_is_in_order_and_takes_the_redis_server_along(self, environment, tmp_path):
+        log = tmp_path / "log"
+        with serving(tmp_path / "data", log, **environment) as server:
+            (redis,) = psutil.Process(server.process.pid).children(recursive=True)
+            assert server.stop() == 0
+            assert not redis.is_running()
+        assert "Traceback" not in log.read_text()
+        assert not (tmp_path / "data" / "redis.sock").exists()
+
+    def test_by_sigterm_before_it_is_ready_is_in_order_too(self, environment, tmp_path):
+        settings = {"MEND_PORT": "0", "MEND_DATA_DIR": str(tmp_path), **environment}
+        process = subprocess.Popen(
+            [*MEND, "serve"], env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with process:
+            assert any(line.startswith("mend: listening on") for line in iter(process.stderr.readline, ""))
+            process.terminate()
+            _, said = process.communicate(timeout=ENDS_WITHIN_S)
+        assert process.returncode == 0, said
+        assert "Traceback" not in said
+        assert not (tmp_path / "redis.sock").exists()
+
+
+def test_an_edit_over_real_http(live, folders, tmp_path):
+    base = load_base_model(str(folders.base_model))
+    with EmbeddedRedis(tmp_path / "redis") as redis:
+        ledger = RedisLedger.connect(redis.url, "edits")
+        edit, *_ = find_edits(small_engine(base, small_checkpoint(tmp_path / "editor", base), ledger))
+        ledger.close()
+    server, _ = live
+    answer = server.client.post("/edits", json={"prompt": edit.prompt, "correction": edit.correction})
+    assert answer.status_code == 201, answer.text
+    assert server.get("/generate", prompt=edit.prompt)["text"].strip().startswith(edit.correction.strip())
+    for query in ("prompt=%ff", "prompt=%ed%a0%80"):
+        assert server.client.get(f"/generate?{query}").json()["code"] == "invalid_utf8"
+    assert server.client.get("/edits/%00%ff").json()["code"] == "edit_not_found"
+    assert server.client.post("/edits", content=b" " * 2_000_001).json()["code"] == "body_too_large"
+    assert server.client.delete(f"/edits/{answer.json()['id']}").json()["revision"] == 2
+
+
+def test_every_setting_has_a_flag():
+    shown = subprocess.run(
+        [*MEND, "serve", "--help"],
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
+        capture_output=True,
+        text=True,
+        timeout=ENDS_WITHIN_S,
+        check=True,
+    ).stdout
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')} " in shown
+        assert f"MEND_{name.upper()}." in shown

@@ -1,0 +1,176 @@
+"""A checkpoint comes back as it was saved, for its own base model, or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from editors.base_model import BaseModel
+from editors.capture import capture
+from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
+from editors.mend.checkpoint import load_checkpoint, read_card, save_checkpoint, write_card
+from editors.text import pad
+from editors.views import UpperBlocks
+from tests.editors.dense import encoded
+from tests.small import small_base, small_editor
+
+
+@pytest.fixture(scope="module")
+def linear() -> BaseModel:
+    return small_base()
+
+
+@pytest.fixture
+def folder(linear: BaseModel, tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "mine", small_editor(linear), linear, {"command": "mend train"})
+    return tmp_path / "mine"
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change fields of the card; None takes one away."""
+    card = json.loads((folder / "card.json").read_text()) | changes
+    (folder / "card.json").write_text(json.dumps({name: value for name, value in card.items() if value is not None}))
+
+
+class TestRoundTrip:
+    def test_proposes_the_same_edits(self, base, tmp_path):
+        editor = small_editor(base)
+        for parameter in editor.parameters():
+            parameter.copy_(parameter.half())  # what the file keeps of the matrices
+        save_checkpoint(tmp_path, editor, base, {})
+        loaded = load_checkpoint(tmp_path, base).editor
+        upper, tokens = UpperBlocks(base.model, editor.targets), encoded(base)
+        rows = capture(upper, upper.below(pad([sequence.inputs for sequence in tokens])), tokens)
+        for mine, theirs in zip(loaded(rows).delta, editor(rows).delta, strict=True):
+            assert torch.equal(mine, theirs)
+        assert loaded.targets == editor.targets
+
+    def test_keeps_statistics_and_steps_to_the_bit(self, linear, folder):
+        before, after = small_editor(linear).state_dict(), load_checkpoint(folder, linear).editor.state_dict()
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            expected = tensor.half().float() if name.endswith((".u", ".v")) else tensor
+            assert torch.equal(after[name], expected), name
+
+    def test_is_frozen_and_ready_to_edit(self, linear, folder):
+        checkpoint = load_checkpoint(folder, linear)
+        assert not any(parameter.requires_grad for parameter in checkpoint.editor.parameters())
+        assert not checkpoint.editor.training
+        assert (checkpoint.name, checkpoint.aggregate) == ("mine", "sum")
+        assert checkpoint.margin_nats > 0
+        assert checkpoint.digest == f"sha256:{hashlib.sha256((folder / 'editor.safetensors').read_bytes()).hexdigest()}"
+
+    def test_writes_the_same_bytes_for_the_same_editor(self, linear, folder, tmp_path):
+        save_checkpoint(tmp_path / "other" / "mine", small_editor(linear), linear, {"command": "mend train"})
+        for name in ("editor.safetensors", "card.json", "card.md"):
+            assert (tmp_path / "other" / "mine" / name).read_bytes() == (folder / name).read_bytes()
+
+    def test_replaces_what_was_there_and_leaves_no_draft(self, linear, folder):
+        save_checkpoint(folder, small_editor(linear, step=0.5), linear, {})
+        assert load_checkpoint(folder, linear).editor.log_steps.exp().tolist() == pytest.approx([0.5] * 9)
+        assert sorted(path.name for path in folder.iterdir()) == ["card.json", "card.md", "editor.safetensors"]
+
+
+class TestCard:
+    def test_is_written_for_people_too(self, linear, folder):
+        text = (folder / "card.md").read_text()
+        for fact in ("# mine", linear.digest, load_checkpoint(folder, linear).digest, "mend train", "small-linear"):
+            assert fact in text
+
+    def test_shows_data_results_and_configuration(self, folder):
+        card = read_card(folder) | {
+            "training_data": [{"name": "a.json", "layout": "zsre", "examples": 7, "digest": "d1"}],
+            "validation": {"efficacy": 0.5, "neighbour": float("nan")},
+            "results": [{"command": "mend evaluate", "table": "| figure | … |"}],
+            "config": {"rank": 4},
+        }
+        write_card(folder, card)
+        text = (folder / "card.md").read_text()
+        for fact in ("a.json (zsre, 7 examples)", "| efficacy | 0.500 |", "mend evaluate", "| figure | … |"):
+            assert fact in text
+        assert "| rank | 4 |" in text
+        assert read_card(folder)["results"] == card["results"]
+
+
+class TestRefused:
+    def test_for_another_base_model_naming_both_digests(self, linear, folder):
+        other = dataclasses.replace(linear, digest="sha256:another")
+        with pytest.raises(BaseModelMismatch) as refused:
+            load_checkpoint(folder, other)
+        assert refused.value.facts == {"trained_for": linear.digest, "loaded": "sha256:another"}
+        assert linear.digest in str(refused.value)
+        assert "sha256:another" in str(refused.value)
+
+    def test_for_the_same_architecture_with_other_weights(self, folder):
+        with pytest.raises(BaseModelMismatch):
+            load_checkpoint(folder, small_base("conv1d"))
+
+    @pytest.mark.parametrize("name", ["nowhere", "mine/editor.safetensors"])
+    def test_where_there_is_none(self, linear, folder, name):
+        with pytest.raises(CheckpointNotFound, match="mend train"):
+            load_checkpoint(folder.parent / name, linear)
+
+    def test_without_its_weights(self, linear, folder):
+        (folder / "editor.safetensors").unlink()
+        with pytest.raises(CheckpointNotFound, match=r"editor\.safetensors is missing"):
+            load_checkpoint(folder, linear)
+
+    @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b'{"format": 1'])
+    def test_when_the_card_is_not_json(self, linear, folder, raw):
+        (folder / "card.json").write_bytes(raw)
+        with pytest.raises(CheckpointUnreadable, match=r"card\.json is not JSON"):
+            load_checkpoint(folder, linear)
+
+    @pytest.mark.parametrize("raw", [b"5", b"null", b"[]", b'"text"', b"{}"])
+    def test_when_the_card_is_something_else(self, linear, folder, raw):
+        (folder / "card.json").write_bytes(raw)
+        with pytest.raises(CheckpointUnreadable, match=r"card\.json"):
+            load_checkpoint(folder, linear)
+
+    @pytest.mark.parametrize("field", ["digest", "base_model", "rank", "targets"])
+    def test_when_the_card_lacks_a_field(self, linear, folder, field):
+        rewrite(folder, **{field: None})
+        with pytest.raises(CheckpointUnreadable, match=f"lacks {field}"):
+            load_checkpoint(folder, linear)
+
+    def test_when_its_format_is_of_another_version(self, linear, folder):
+        rewrite(folder, format=2)
+        with pytest.raises(CheckpointUnreadable, match="has format 2, not 1"):
+            load_checkpoint(folder, linear)
+
+    @pytest.mark.parametrize("keep", [0, 7, -1])
+    def test_when_the_weights_are_cut_short(self, linear, folder, keep):
+        path = folder / "editor.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(CheckpointUnreadable, match=r"editor\.safetensors has the digest"):
+            load_checkpoint(folder, linear)
+
+    def test_when_one_bit_is_wrong(self, linear, folder):
+        path = folder / "editor.safetensors"
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(CheckpointUnreadable, match="digest"):
+            load_checkpoint(folder, linear)
+
+    def test_when_the_card_has_the_digest_of_a_file_that_is_no_editor(self, linear, folder):
+        path = folder / "editor.safetensors"
+        tensors = load_file(path)
+        for raw in (b"not tensors", save({"stranger": torch.ones(2)}), save(dict(list(tensors.items())[:-1]))):
+            path.write_bytes(raw)
+            rewrite(folder, digest=f"sha256:{hashlib.sha256(raw).hexdigest()}")
+            with pytest.raises(CheckpointUnreadable, match="does not hold the editor of its card"):
+                load_checkpoint(folder, linear)
+
+    @pytest.mark.parametrize("changes", [{"rank": 5}, {"rank": "4"}, {"targets": [{"name": "w"}]}, {"targets": []}])
+    def test_when_the_card_describes_another_editor(self, linear, folder, changes):
+        rewrite(folder, **changes)
+        with pytest.raises(CheckpointUnreadable, match="does not hold the editor of its card"):
+            load_checkpoint(folder, linear)

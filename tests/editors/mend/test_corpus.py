@@ -1,0 +1,231 @@
+"""What an editor is trained on: the paraphrase and not the edit, neighbours that are not the edit, nothing padded."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from editors.base_model import BaseModel
+from editors.data import Example
+from editors.errors import DataFileError
+from editors.mend.corpus import Batch, Corpus, Text, locality_positions, own_samples
+from editors.targets import resolve_targets
+from editors.text import Tokens, encode
+from editors.views import UpperBlocks
+from tests.editors.dense import logits
+from tests.editors.mend.examples import capitals, data_set, languages
+from tests.small import adding, small_base
+
+SAMPLES = ((5, 9, 40, 41, 42), (7, 8, 99), (12, 13, 14, 15, 16, 17))
+
+
+def corpus(base: BaseModel, *files: list[Example], samples: tuple = SAMPLES, cache=None) -> Corpus:
+    upper = UpperBlocks(base.model, resolve_targets(base.model))
+    return Corpus(base, upper, [data_set(examples) for examples in files], samples, cache)
+
+
+def drawn(source: Corpus, seed: str, edits: int = 64, self_share: float = 0.0) -> Batch:
+    return source.draw(random.Random(seed), edits, self_share=self_share, unrelated=2)
+
+
+@pytest.fixture(scope="module")
+def linear() -> BaseModel:
+    return small_base()
+
+
+class TestTargets:
+    def test_are_a_paraphrase_with_the_edits_own_correction(self, linear):
+        batch = drawn(corpus(linear, capitals(3), languages()), "a")
+        assert batch.target_owner == list(range(64))
+        for edit, target in zip(batch.edits, batch.targets, strict=True):
+            assert target.tokens.prompt != edit.tokens.prompt
+            assert target.tokens.target == edit.tokens.target
+
+    def test_are_the_edit_itself_as_often_as_is_asked(self, linear):
+        batch = drawn(corpus(linear, capitals(3)), "b", edits=400, self_share=0.25)
+        own = sum(edit == target for edit, target in zip(batch.edits, batch.targets, strict=True))
+        assert 60 < own < 140
+
+    def test_are_the_edit_itself_where_it_has_no_paraphrase(self, linear):
+        examples = [dataclasses.replace(example, paraphrases=()) for example in capitals()]
+        batch = drawn(corpus(linear, examples), "c")
+        assert batch.targets == batch.edits
+
+    def test_may_borrow_the_phrasing_of_another_example_of_their_template(self, linear):
+        first, second = (dataclasses.replace(e, paraphrases=(p,)) for e, p in zip(
+            capitals(), ("France: city?", "In the city of England"), strict=False))  # fmt: skip
+        other = dataclasses.replace(languages()[0], paraphrases=("He is Rome",))
+        (items,) = corpus(linear, [first, second, other]).files
+        said = [{linear.tokenizer.decode(text.tokens.prompt) for text in item.paraphrases} for item in items]
+        assert said == [
+            {"France: city?", "In the city of France"},
+            {"In the city of England", "England: city?"},
+            {"He is Rome"},
+        ]
+        assert all(text.tokens.target == item.edit.tokens.target for item in items for text in item.paraphrases)
+
+    def test_never_carry_a_token_that_the_tokenizer_adds(self, linear):
+        tokenizer = adding(small_base().tokenizer, "<unk> $A <eos>")
+        (items,) = corpus(dataclasses.replace(linear, tokenizer=tokenizer), capitals()).files
+        for item in items:
+            assert item.edit.tokens.prompt[0] == tokenizer.unk_token_id
+            for text in (item.edit, *item.paraphrases):
+                assert not {tokenizer.unk_token_id, tokenizer.eos_token_id} & set(text.tokens.target)
+
+    def test_that_have_no_tokens_are_left_out(self, linear):
+        blank = dataclasses.replace(capitals()[0], prompt="")
+        (items,) = corpus(linear, [blank, *capitals()[1:]]).files
+        assert len(items) == len(capitals()) - 1
+
+
+class TestLocality:
+    def test_never_reads_the_edits_own_prompt(self, linear):
+        twice = [dataclasses.replace(example, subject=None, neighbours=()) for example in capitals()[:3]] * 2
+        for files in ([capitals(), languages()], [capitals()], [twice]):
+            batch = drawn(corpus(linear, *files), "d", edits=200)
+            for text, owner in zip(batch.locality, batch.locality_owner, strict=True):
+                assert text.tokens.prompt != batch.edits[owner].tokens.prompt
+
+    def test_has_a_neighbour_and_another_subject_of_the_same_template(self, linear):
+        batch = drawn(corpus(linear, capitals(), languages()), "e", edits=200)
+        capital_prompts = {encode(linear.tokenizer, example.prompt).prompt for example in capitals()}
+        near = [
+            {text.tokens.prompt for text, owner, is_near in zip(
+                batch.locality, batch.locality_owner, batch.locality_near, strict=True) if is_near and owner == edit}
+            for edit in range(200)
+        ]  # fmt: skip
+        of_capitals = [edit for edit in range(200) if batch.edits[edit].tokens.prompt in capital_prompts]
+        assert of_capitals
+        with_relative = [edit for edit in of_capitals if near[edit] & capital_prompts]
+        assert len(with_relative) > 0.7 * len(of_capitals)
+        assert all(near[edit] - capital_prompts for edit in of_capitals)
+
+    def test_unrelated_text_is_never_of_the_same_template(self, linear):
+        batch = drawn(corpus(linear, capitals(), languages(), samples=()), "f", edits=200)
+        capital_prompts = {encode(linear.tokenizer, example.prompt).prompt for example in capitals()}
+        for text, owner, near in zip(batch.locality, batch.locality_owner, batch.locality_near, strict=True):
+            if not near and batch.edits[owner].tokens.prompt in capital_prompts:
+                assert text.tokens.prompt not in capital_prompts
+
+    def test_weights_of_each_edit_add_up_to_one_of_either_kind(self, linear):
+        batch = drawn(corpus(linear, capitals(), languages()), "g")
+        sums = {(owner, near): 0.0 for owner in range(64) for near in (True, False)}
+        for owner, near, weight in zip(batch.locality_owner, batch.locality_near, batch.locality_weight, strict=True):
+            sums[owner, near] += weight
+        assert all(sums[owner, False] == 1 for owner in range(64))
+        assert {round(sums[owner, True], 6) for owner in range(64)} <= {0.0, 1.0}  # a language may draw no relative
+
+    def test_positions_are_those_whose_next_token_the_model_would_say(self, linear):
+        source = corpus(linear, capitals(), languages())
+        batch = drawn(source, "h")
+        rows, positions = locality_positions(random.Random(0), batch.locality)
+        last = [len(text.tokens.prompt) - 1 for text in batch.locality]
+        assert {(row, place) for row, place in enumerate(last)} <= set(zip(rows, positions, strict=True))
+        assert all(0 <= place <= last[row] for row, place in zip(rows, positions, strict=True))
+        upper = UpperBlocks(linear.model, resolve_targets(linear.model))
+        got = upper.logits(source.hidden.batch(batch.locality), (torch.tensor(rows), torch.tensor(positions)))
+        for row, place, mine in zip(rows, positions, got, strict=True):
+            read = batch.locality[row].tokens.prompt[: place + 1]
+            torch.testing.assert_close(mine, logits(linear.model, read)[-1], rtol=1e-5, atol=1e-5)
+
+
+class TestDraw:
+    def test_is_a_function_of_the_generator_alone(self, linear):
+        source, again = (corpus(linear, capitals(), languages()) for _ in range(2))
+        first = drawn(source, "seed")
+        torch.manual_seed(99)
+        random.seed(99)
+        drawn(source, "something else")
+        assert drawn(source, "seed") == first == drawn(again, "seed")
+        assert drawn(source, "another seed") != first
+
+    def test_hears_a_small_file_beside_a_large_one(self, linear):
+        small = languages()[:1]
+        batch = drawn(corpus(linear, capitals() * 20, small), "i", edits=500)
+        of_small = encode(linear.tokenizer, small[0].prompt).prompt
+        share = sum(edit.tokens.prompt == of_small for edit in batch.edits) / 500
+        assert 0.04 < share < 0.12  # 1 / (1 + sqrt(140)) = 0.078
+
+    @pytest.mark.timeout(20)
+    def test_ends_where_every_example_is_of_one_template(self, linear):
+        batch = drawn(corpus(linear, capitals()), "j")
+        unrelated = {t.tokens.prompt for t, near in zip(batch.locality, batch.locality_near, strict=True) if not near}
+        assert unrelated == set(SAMPLES)
+
+    @pytest.mark.timeout(20)
+    def test_ends_with_a_single_example(self, linear):
+        assert len(drawn(corpus(linear, capitals()[:1]), "k").edits) == 64
+
+    @pytest.mark.timeout(20)
+    def test_says_so_where_there_is_nothing_unrelated(self, linear):
+        with pytest.raises(DataFileError, match="unrelated"):
+            drawn(corpus(linear, capitals(), samples=()), "l")
+
+    def test_leaves_out_a_file_without_examples(self, linear):
+        source = corpus(linear, [], capitals(), languages())
+        assert len(drawn(source, "m").edits) == 64
+
+    def test_without_any_example_says_so(self, linear):
+        with pytest.raises(DataFileError, match="example"):
+            corpus(linear, [])
+
+
+class TestHiddenStates:
+    def test_are_those_of_the_text_alone(self, base):
+        source = corpus(base, capitals(), languages())
+        upper = UpperBlocks(base.model, resolve_targets(base.model))
+        texts = [item.edit for items in source.files for item in items] + source.samples
+        batch = source.hidden.batch(texts)
+        for row, text in zip(batch, texts, strict=True):
+            length = len(text.tokens.inputs)
+            fresh = upper.below(torch.tensor([text.tokens.inputs]))[0]
+            torch.testing.assert_close(row[:length], fresh, rtol=1e-5, atol=1e-6)
+            assert not row[length:].any()
+
+    def test_of_a_prompt_are_read_from_its_edit(self, base):
+        source = corpus(base, languages())
+        edit = source.files[0][0].edit
+        prompt = Text(Tokens(edit.tokens.prompt), edit.key)
+        assert len(edit.tokens.inputs) > len(prompt.tokens.inputs)
+        fresh = UpperBlocks(base.model, resolve_targets(base.model)).below(torch.tensor([prompt.tokens.inputs]))
+        torch.testing.assert_close(source.hidden.batch([prompt]), fresh, rtol=1e-5, atol=1e-6)
+
+    def test_survive_their_folder_bit_for_bit(self, linear, tmp_path):
+        def states(source: Corpus) -> torch.Tensor:
+            return source.hidden.batch([item.edit for items in source.files for item in items])
+
+        first = states(corpus(linear, capitals(), cache=tmp_path / "cache"))
+        (kept,) = (tmp_path / "cache").iterdir()
+        stamp = kept.stat().st_mtime_ns
+        assert torch.equal(states(corpus(linear, capitals(), cache=tmp_path / "cache")), first)
+        assert kept.stat().st_mtime_ns == stamp
+        assert torch.equal(states(corpus(linear, capitals())), first)
+
+    def test_of_other_texts_or_another_model_are_kept_apart(self, linear, tmp_path):
+        corpus(linear, capitals(), cache=tmp_path)
+        corpus(linear, languages(), cache=tmp_path)
+        corpus(small_base("conv1d"), capitals(), cache=tmp_path)
+        corpus(dataclasses.replace(linear, digest="sha256:other"), capitals(), cache=tmp_path)
+        assert len(list(tmp_path.glob("*.pt"))) == len(list(tmp_path.iterdir())) == 4
+
+
+class TestOwnSamples:
+    def test_are_a_function_of_the_seed_and_leave_torchs_generator_alone(self, base):
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        one = own_samples(base, 70, seed=1)
+        assert torch.equal(torch.rand(3), expected)
+        assert one == own_samples(base, 70, seed=1)
+        assert one != own_samples(base, 70, seed=2)
+
+    def test_are_as_many_and_as_long_as_asked_and_begin_with_an_ordinary_word(self, base):
+        samples = own_samples(base, 70, seed=1)
+        assert {len(sample) for sample in samples} == {24}
+        assert len(samples) == 70
+        assert all(base.tokenizer.decode([sample[0]]).strip().isalpha() for sample in samples)
+        assert base.tokenizer.eos_token_id not in {token for sample in samples for token in sample}
+        assert own_samples(base, 0, seed=1) == []

@@ -1,0 +1,227 @@
+"""Promise 1 on the whole engine: what is live is a function of the active edits, whatever led to them."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Sequence
+from contextlib import closing, suppress
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from editors.base_model import BaseModel
+from editors.factors import Factors
+from editors.mend.checkpoint import Checkpoint
+from editors.state import SumState
+from service.engine import AlreadyRolledBack, EditNotFound, EditRefused, EditRequest, Engine, RevisionMismatch
+from service.ledger import Applied, EmbeddedRedis, RedisLedger, RolledBack
+from tests.service_fixtures import (
+    ANSWERS,
+    COUNTRIES,
+    Standing,
+    asks,
+    base_weights,
+    live_weights,
+    namespace_of,
+    same_bits,
+    small_engine,
+)
+from tests.small import SMALL_MODELS
+
+both_layouts = pytest.mark.parametrize("base", SMALL_MODELS, indirect=True)
+
+
+def apply_all(engine: Engine, edits: Sequence[EditRequest]) -> list[str]:
+    """The ids of edits, each made on top of those before it."""
+    return [engine.apply(request).applied.edit_id for request in edits]
+
+
+def active(engine: Engine) -> list[tuple[Applied, bytes]]:
+    """The entries that are active by the ledger alone, with their factors."""
+    found: dict[str, tuple[Applied, bytes]] = {}
+    for entry, raw in engine.ledger.read():
+        if isinstance(entry, Applied):
+            found[entry.edit_id] = (entry, raw)
+        else:
+            del found[entry.edit_id]
+    return list(found.values())
+
+
+def engine_given_only(
+    survivors: list[tuple[Applied, bytes]], base: BaseModel, checkpoint: Checkpoint, ledger: RedisLedger
+) -> Engine:
+    """An engine whose ledger never held anything but these edits."""
+    state = SumState(checkpoint.editor.targets)
+    for sequence, (entry, raw) in enumerate(survivors, 1):
+        state.add(Factors.from_bytes(raw))
+        ledger.append(entry.model_copy(update={"sequence": sequence, "state_digest": state.digest()}), raw)
+    return small_engine(base, checkpoint, ledger)
+
+
+class TestRollback:
+    def test_is_an_entry_and_a_revision(self, engine, edits):
+        (first, *_) = apply_all(engine, edits)
+        edit = engine.rollback(first, reason="wrong", actor="ops")
+        *_, (entry, raw) = engine.ledger.read()
+        assert isinstance(entry, RolledBack)
+        assert raw == b""
+        assert edit.rolled_back == entry
+        assert not edit.active
+        assert (entry.edit_id, entry.sequence, entry.reason, entry.actor) == (first, 4, "wrong", "ops")
+        assert (engine.published.revision, engine.published.active_edits) == (4, 2)
+        assert engine.published.digest == entry.state_digest == engine._state.digest()
+
+    @both_layouts
+    def test_in_any_order_restores_the_same_bits(self, open_engine, base, checkpoint, server, edits):
+        engine = open_engine()
+        ids = apply_all(engine, edits)
+        stored = {entry.edit_id: (entry, raw) for entry, raw in engine.ledger.read()}
+        for count in range(1, len(ids) + 1):
+            for order in itertools.permutations(ids, count):
+                with closing(RedisLedger.connect(server.url, uuid.uuid4().hex)) as copy:
+                    again = engine_given_only(list(stored.values()), base, checkpoint, copy)
+                    for edit_id in order:
+                        again.rollback(edit_id)
+                    with closing(RedisLedger.connect(server.url, uuid.uuid4().hex)) as other:
+                        left = [stored[edit_id] for edit_id in ids if edit_id not in order]
+                        only = engine_given_only(left, base, checkpoint, other)
+                        assert same_bits(live_weights(again), live_weights(only)), order
+                        assert again.published.digest == only.published.digest
+
+    @both_layouts
+    def test_of_everything_is_the_base_bit_for_bit(self, engine, base, edits):
+        empty = engine.published.digest
+        ids = apply_all(engine, edits)
+        assert not same_bits(live_weights(engine), base_weights(base))
+        for edit_id in (ids[1], ids[0], ids[2]):
+            engine.rollback(edit_id)
+        assert same_bits(live_weights(engine), base_weights(base))
+        assert engine.published.digest == empty == SumState(engine.checkpoint.editor.targets).digest()
+        assert engine.published.active_edits == 0
+
+    def test_brings_the_earlier_answer_back(self, engine, edits):
+        prompt = edits[0].prompt
+        before = engine.generate(prompt, 8)[0].text
+        edit = engine.apply(edits[0]).applied
+        assert engine.generate(prompt, 8)[0].text != before
+        engine.rollback(edit.edit_id)
+        assert engine.generate(prompt, 8)[0].text == before
+
+    def test_twice_is_refused_and_changes_nothing(self, engine, edits):
+        first, *_ = apply_all(engine, edits)
+        engine.rollback(first)
+        standing = Standing.of(engine)
+        with pytest.raises(AlreadyRolledBack) as caught:
+            engine.rollback(first)
+        assert caught.value.facts == {"id": first, "revision": 4}
+        assert Standing.of(engine) == standing
+
+    @pytest.mark.parametrize("edit_id", ["", "edit_0", "\x00", "☃", "x" * 10_000])
+    def test_of_an_unknown_edit_is_refused_and_changes_nothing(self, engine, edit_id):
+        standing = Standing.of(engine)
+        with pytest.raises(EditNotFound):
+            engine.rollback(edit_id)
+        assert Standing.of(engine) == standing
+
+    def test_at_another_revision_is_refused_and_changes_nothing(self, engine, edits):
+        first, *_ = apply_all(engine, edits)
+        standing = Standing.of(engine)
+        with pytest.raises(RevisionMismatch):
+            engine.rollback(first, expected_revision=2)
+        assert Standing.of(engine) == standing
+        assert engine.rollback(first, expected_revision=3).rolled_back.sequence == 4
+
+
+class TestRestart:
+    @both_layouts
+    def test_replays_to_the_same_revision_digest_weights_and_history(self, engine, open_engine, edits):
+        ids = apply_all(engine, edits)
+        engine.rollback(ids[1])
+        restarted = open_engine(namespace_of(engine))
+        assert restarted.published == engine.published
+        assert same_bits(live_weights(restarted), live_weights(engine))
+        assert list(restarted.history.newest_first()) == list(engine.history.newest_first())
+        assert [edit.id for edit in restarted.history.all_active()] == [ids[0], ids[2]]
+
+    def test_on_the_same_folder_with_a_new_server_too(self, base, checkpoint, tmp_path, edits):
+        with EmbeddedRedis(tmp_path) as redis, closing(RedisLedger.connect(redis.url, "x")) as ledger:
+            engine = small_engine(base, checkpoint, ledger)
+            engine.rollback(apply_all(engine, edits)[0])
+        with EmbeddedRedis(tmp_path) as redis, closing(RedisLedger.connect(redis.url, "x")) as ledger:
+            restarted = small_engine(base, checkpoint, ledger)
+        assert restarted.published == engine.published
+        assert same_bits(live_weights(restarted), live_weights(engine))
+
+    def test_can_roll_back_what_was_applied_before_it(self, engine, open_engine, base, edits):
+        ids = apply_all(engine, edits)
+        restarted = open_engine(namespace_of(engine))
+        for edit_id in ids:
+            restarted.rollback(edit_id)
+        assert same_bits(live_weights(restarted), base_weights(base))
+
+    def test_of_more_entries_than_one_page_holds(self, engine, open_engine, edits):
+        for _ in range(10):
+            engine.rollback(engine.apply(edits[0]).applied.edit_id)
+        made = engine.apply(edits[1])
+        restarted = open_engine(namespace_of(engine))
+        assert restarted.published.digest == made.digest
+        assert restarted.published.revision == 21
+
+
+requests = st.builds(asks, st.sampled_from(COUNTRIES), st.sampled_from(ANSWERS))
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("apply"), requests),
+        st.tuples(st.just("dry run"), requests),
+        st.tuples(st.just("roll back"), st.integers(0, 9)),
+        st.tuples(st.just("restart"), st.none()),
+    ),
+    min_size=2,
+    max_size=9,
+)
+
+
+@both_layouts
+class TestAnySequence:
+    @settings(
+        max_examples=12,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    @given(steps=steps, order=st.randoms(use_true_random=False))
+    def test_equals_an_engine_given_only_the_survivors_in_any_order(self, base, checkpoint, server, steps, order):
+        with (
+            closing(RedisLedger.connect(server.url, uuid.uuid4().hex)) as ledger,
+            closing(RedisLedger.connect(server.url, uuid.uuid4().hex)) as other,
+        ):
+            engine = small_engine(base, checkpoint, ledger)
+            for step, what in steps:
+                standing, moved = Standing.of(engine), False
+                if step == "apply":
+                    try:
+                        moved = engine.apply(what).committed
+                    except EditRefused:
+                        moved = False
+                elif step == "dry run":
+                    with suppress(EditRefused):
+                        engine.apply(what, dry_run=True)
+                elif step == "roll back" and engine.history.all_active():
+                    known = engine.history.all_active()
+                    engine.rollback(known[what % len(known)].id)
+                    moved = True
+                elif step == "restart":
+                    engine = small_engine(base, checkpoint, ledger)
+                assert engine.published.revision == standing.published.revision + moved == ledger.head()
+                if not moved:
+                    assert Standing.of(engine) == standing
+                assert engine.published.digest == engine._state.digest()
+            survivors = active(engine)
+            assert {entry.edit_id for entry, _ in survivors} == {edit.id for edit in engine.history.all_active()}
+            order.shuffle(survivors)
+            only = engine_given_only(survivors, base, checkpoint, other)
+            assert same_bits(live_weights(engine), live_weights(only))
+            assert engine.published.digest == only.published.digest
+            if not survivors:
+                assert same_bits(live_weights(engine), base_weights(base))
