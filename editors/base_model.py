@@ -71,12 +71,14 @@ def load_base_model(
     source = packaged_folder(cache_dir) if ref == DEFAULT_MODEL else _checked_folder(ref)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        model, loading = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
     except Exception as error:  # transformers, safetensors and the hub client raise many unrelated types
         raise _explain(ref, source, error) from error
-    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if meta:
-        raise BaseModelUnreadable(f"{source} lacks the weights of {meta[0]}; fetch the model again", file=str(source))
+    missing = sorted(loading["missing_keys"])  # transformers would make them up at random
+    if missing:
+        raise BaseModelUnreadable(
+            f"{source} lacks the weights of {missing[0]}; fetch the model again", file=str(source)
+        )
     digest = weights_digest(model)
     model.requires_grad_(False).eval().to(device=device, dtype=dtype)
     # A generation config may carry sampling settings; every call here says for itself how it decodes.
@@ -92,7 +94,7 @@ def weights_digest(model: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         sha.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        sha.update(parameter.detach().contiguous().view(torch.uint8).numpy())
+        sha.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
     return f"sha256:{sha.hexdigest()}"
 
 

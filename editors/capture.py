@@ -79,9 +79,10 @@ def capture(upper: UpperBlocks, hidden: Tensor, sequences: Sequence[Tokens]) -> 
             handle.remove()
     lengths = torch.tensor([len(sequence.inputs) for sequence in sequences], device=hidden.device)
     real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (batch, tokens)
+    kept = real.flatten()  # some architectures (OPT) flatten batch and tokens before their MLP
     return Capture(
-        u=tuple(inputs[target.name][real].float() for target in upper.targets),
-        delta=tuple(g[real].float() for g in gradients),
+        u=tuple(inputs[target.name].reshape(-1, target.d_in)[kept].float() for target in upper.targets),
+        delta=tuple(g.reshape(-1, g.shape[-1])[kept].float() for g in gradients),
         example=real.nonzero()[:, 0],
         loss=losses.detach(),
     )

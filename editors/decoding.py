@@ -69,7 +69,7 @@ def generate(
         processors.append(_GumbelNoise(sampling.seed))
     ids = encode(tokenizer, prompt).prompt
     (new,) = _continue(model, tokenizer, [ids], max_new_tokens, processors)
-    return _finish(tokenizer, len(ids), new)
+    return _finish(model, tokenizer, len(ids), new)
 
 
 def generate_batch(
@@ -78,7 +78,7 @@ def generate_batch(
     """Continue several prompts greedily in one batch, padded on the left."""
     batch = [encode(tokenizer, prompt).prompt for prompt in prompts]
     new = _continue(model, tokenizer, batch, max_new_tokens, LogitsProcessorList())
-    return [_finish(tokenizer, len(ids), row) for ids, row in zip(batch, new, strict=True)]
+    return [_finish(model, tokenizer, len(ids), row) for ids, row in zip(batch, new, strict=True)]
 
 
 def continue_greedily(
@@ -87,9 +87,8 @@ def continue_greedily(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """New tokens of each prompt, up to and with the end-of-sequence token."""
-    rows = _continue(model, tokenizer, prompts, max_new_tokens, LogitsProcessorList())
-    return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
+    """New tokens of each prompt, up to and with the token that ends it."""
+    return _continue(model, tokenizer, prompts, max_new_tokens, LogitsProcessorList())
 
 
 @torch.inference_mode()
@@ -112,11 +111,21 @@ def _continue(
         logits_processor=processors,
         pad_token_id=pad,
     )
-    return [row[width:] for row in written.tolist()]
+    ends = _ends(model, tokenizer)
+    rows = [row[width:] for row in written.tolist()]
+    return [row[: next((n for n, token in enumerate(row, 1) if token in ends), len(row))] for row in rows]
 
 
-def _finish(tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, new: list[int]) -> Generation:
-    ends = [place for place, token in enumerate(new) if token == tokenizer.eos_token_id]
-    kept = new[: ends[0]] if ends else new
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a text: the tokenizer's, and those of the model's own configuration; chat models have several."""
+    own = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
+
+
+def _finish(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, new: list[int]
+) -> Generation:
+    ended = bool(new) and new[-1] in _ends(model, tokenizer)
+    kept = new[:-1] if ended else new
     text = tokenizer.decode(kept, skip_special_tokens=True)
-    return Generation(text, "stop" if ends else "length", prompt_tokens, len(kept))
+    return Generation(text, "stop" if ended else "length", prompt_tokens, len(kept))

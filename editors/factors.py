@@ -77,7 +77,8 @@ class Factors:
         for name, layer in layers.items():
             if abs(layer.exponent) > MAX_EXPONENT:
                 raise FactorsCorrupt(f"the factors of {name} have an impossible scale", layer=name)
-            if layer.u.dtype != torch.int16 or layer.delta.dtype != torch.int16 or layer.rows != len(layer.delta):
+            matrices = layer.u.dim() == layer.delta.dim() == 2 and layer.rows == len(layer.delta)
+            if not matrices or layer.u.dtype != torch.int16 or layer.delta.dtype != torch.int16:
                 raise FactorsCorrupt(f"the factors of {name} have the wrong type or shape", layer=name)
         return Factors(layers)
 

@@ -42,8 +42,11 @@ def edited(model: nn.Module, targets: Sequence[Target], factored: Factored) -> I
 
     def add(u: Tensor, delta: Tensor) -> Callable:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]  # (batch, tokens, d_in)
-            return output + ((x.to(u.dtype) @ u.mT) @ delta).to(output.dtype)  # (batch, tokens, d_out)
+            x = args[0].to(u.dtype)  # (batch, tokens, d_in)
+            if x.dim() == 2:  # some architectures (OPT) flatten batch and tokens before their MLP
+                x = x.unflatten(0, (len(u), -1))
+            change = (x @ u.mT) @ delta  # (batch, tokens, d_out)
+            return output + change.reshape(output.shape).to(output.dtype)
 
         return hook
 

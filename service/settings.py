@@ -16,7 +16,7 @@ DEFAULT_EDITOR = Path(__file__).parents[1] / "checkpoints" / DEFAULT_MODEL
 class Settings(BaseSettings):
     """Everything that can be configured. The descriptions are the help of `mend serve`."""
 
-    model_config = SettingsConfigDict(env_prefix="MEND_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="MEND_", extra="ignore", env_ignore_empty=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")

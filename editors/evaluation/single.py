@@ -35,6 +35,8 @@ ANSWER_TOKENS = 8
 """Length of the greedy texts that are compared with the base's."""
 UNRELATED_PROMPTS = 1
 """Unrelated prompts per edit, where the data brings none: other examples' own."""
+ATTEMPTS = 100
+"""Draws for such a prompt before all examples are looked through, which is slow but ends."""
 
 
 @dataclass
@@ -62,14 +64,8 @@ def evaluate_single(
 ) -> Report:
     """Measure single edits over `examples`. margin: of the scale search, in nats."""
     run = _Evaluation(base, editor, margin)
-    elsewhere = _unrelated(examples, seed)
-    kept = []
-    for example, unrelated in zip(examples, elsewhere, strict=True):
-        try:
-            encode(base.tokenizer, example.prompt, example.correction)
-        except EmptyTextError:
-            continue
-        kept.append((example, unrelated))
+    examples = [example for example in examples if _has_tokens(base, example)]
+    kept = list(zip(examples, _unrelated(examples, seed), strict=True))
     with tqdm(total=len(kept), desc="evaluating", unit="edit", disable=None) as bar:
         for start in range(0, len(kept), BATCH):
             run.measure(kept[start : start + BATCH])
@@ -193,18 +189,32 @@ def _stack(edits: list[Factors], owners: list[int], device: torch.device) -> dic
     return stacked
 
 
+def _has_tokens(base: BaseModel, example: Example) -> bool:
+    try:
+        encode(base.tokenizer, example.prompt, example.correction)
+    except EmptyTextError:
+        return False
+    return True
+
+
 def _unrelated(examples: Sequence[Example], seed: int) -> list[Sequence[str]]:
-    """Each example's own unrelated prompts, or the prompts of other examples about something else."""
+    """Each example's own unrelated prompts, or the prompts of other examples about something else, if there are any."""
     rng = random.Random(seed)
-    prompts: list[Sequence[str]] = []
-    for example in examples:
-        others: Sequence[str] = example.unrelated
-        while not others and len(examples) > 1:
-            other = rng.choice(examples)
-            if other.subject != example.subject and not _same_relation(example, other):
-                others = (other.prompt,) * UNRELATED_PROMPTS
-        prompts.append(others)
-    return prompts
+    return [example.unrelated or _elsewhere(rng, example, examples) for example in examples]
+
+
+def _elsewhere(rng: random.Random, example: Example, examples: Sequence[Example]) -> tuple[str, ...]:
+    for _ in range(ATTEMPTS):
+        other = rng.choice(examples)
+        if _about_something_else(other, example):
+            return (other.prompt,) * UNRELATED_PROMPTS
+    others = [other.prompt for other in examples if _about_something_else(other, example)]
+    return (rng.choice(others),) * UNRELATED_PROMPTS if others else ()
+
+
+def _about_something_else(one: Example, other: Example) -> bool:
+    same_subject = one.subject is not None and one.subject == other.subject
+    return not same_subject and not _same_relation(one, other)
 
 
 def _same_relation(one: Example, other: Example) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from editors.capture import capture, scored_positions, target_losses
-from editors.errors import CheckpointUnreadable, TrainingDiverged
+from editors.errors import CheckpointNotFound, CheckpointUnreadable, TrainingDiverged
 from editors.mend.corpus import Batch, Corpus, Text, locality_positions
 from editors.mend.editor import MendEditor, Proposal
 from editors.views import UpperBlocks, edited
@@ -325,7 +325,7 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
             self.progress = Progress(**saved["progress"])
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise CheckpointNotFound(f"{path} is missing, so there is no run to resume", file=str(path)) from error
         except Exception as error:  # torch.load and the state dicts raise many unrelated types
             raise CheckpointUnreadable(f"{path} cannot be resumed ({error}); train anew", file=str(path)) from error

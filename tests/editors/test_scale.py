@@ -46,11 +46,21 @@ class TestMargins:
 
 
 class TestOrder:
+    OWN = SCALES.index(1.0)
+
+    @classmethod
+    def search(cls, *from_one: float, below: float = -1.0) -> ScaleSearch:
+        """Margins from the editor's own scale upwards, and one for all scales below it."""
+        return ScaleSearch((below,) * cls.OWN + from_one)
+
     def test_begins_at_the_smallest_scale_with_the_margin_and_goes_up(self):
-        assert ScaleSearch((-1.0, 0.5, 2.0, 3.5, 3.0)).order(2.0) == [2, 3, 4]
+        assert self.search(0.5, 2.0, 3.5, 3.0).order(2.0) == [self.OWN + 1, self.OWN + 2, self.OWN + 3]
+
+    def test_does_not_begin_below_the_editors_own_scale(self):
+        assert self.search(3.0, 4.0, below=2.5).order(2.0) == [self.OWN, self.OWN + 1]
 
     def test_leaves_out_larger_scales_that_lose_the_margin_again(self):
-        assert ScaleSearch((2.5, 1.0, -1.0, 3.0)).order(2.0) == [0, 3]
+        assert self.search(2.5, 1.0, -1.0, 3.0).order(2.0) == [self.OWN, self.OWN + 3]
 
     def test_without_the_margin_takes_what_comes_nearest_first(self):
         assert ScaleSearch((-1.0, 0.5, 1.5, 1.0, -2.0)).order(2.0) == [2, 3, 1]
@@ -68,6 +78,6 @@ class TestOrder:
 
 
 class TestScales:
-    def test_rise_and_hold_the_editors_own(self):
+    def test_rise_through_the_editors_own(self):
         assert list(SCALES) == sorted(set(SCALES))
         assert 1.0 in SCALES

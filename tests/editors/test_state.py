@@ -185,6 +185,11 @@ class TestFactors:
         with pytest.raises(FactorsCorrupt):
             Factors.from_bytes(raw)
 
+    def test_factors_that_are_not_matrices_are_refused(self):
+        layer = LayerFactors(torch.ones(1, 2, 3, dtype=torch.int16), torch.ones(1, 2, 3, dtype=torch.int16), 0)
+        with pytest.raises(FactorsCorrupt):
+            Factors.from_bytes(Factors({"w": layer}).to_bytes())
+
     def test_bytes_cut_short_are_refused(self):
         with pytest.raises(FactorsCorrupt):
             Factors.from_bytes(some_factors(TARGETS["linear"], 3).to_bytes()[:-1])

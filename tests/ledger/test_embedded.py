@@ -55,6 +55,14 @@ def service(data_dir: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
                     os.kill(server_pid, signal.SIGCONT)  # a test may have stopped it; stopped, it could not end
 
 
+def ended(server: EmbeddedRedis, within_s: float = 10.0) -> bool:
+    """A killed process cannot be waited for before the last of its threads is gone too."""
+    deadline = time.monotonic() + within_s
+    while server.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not server.alive
+
+
 def gone(pid: int, within_s: float = 10.0) -> bool:
     """A process that nobody has reaped yet counts as gone: it holds nothing any more."""
     deadline = time.monotonic() + within_s
@@ -228,7 +236,7 @@ class TestServerKilled:
             ledger.append(entry, FACTORS)
         os.kill(pid, signal.SIGKILL)
         assert gone(pid)
-        assert not own_server.alive
+        assert ended(own_server)
         with pytest.raises(LedgerUnavailable):
             ledger.head()
         assert own_server.ensure_running() is True
