@@ -13,7 +13,7 @@ WORKDIR /src
 COPY docker/constraints.txt docker/constraints.txt
 RUN pip install --constraint docker/constraints.txt torch transformers
 
-COPY pyproject.toml LICENSE ./
+COPY pyproject.toml LICENSE README.md ./
 COPY editors editors
 COPY service service
 RUN pip install --constraint docker/constraints.txt .

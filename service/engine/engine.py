@@ -9,7 +9,6 @@ never touches them. Reading (generate, status) never waits for any step but the 
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from editors.scale import SCALES
 from editors.state import SumState
 from editors.text import Tokens, begins_with, encode
 from editors.views import UpperBlocks, view
+from service.engine.clock import Clock
 from service.engine.errors import (
     AlreadyRolledBack,
     DidNotTake,
@@ -118,7 +118,7 @@ class Engine:
             raise AssertionError("unreachable")
 
     def _apply(self, request: EditRequest, tokens: Tokens, dry_run: bool) -> Outcome:
-        clock = _Clock()
+        clock = Clock()
         before = self._answer(self._live, tokens)(request.prompt).text
         clock.lap("before")
         now = self.published
@@ -175,7 +175,7 @@ class Engine:
         scale: float,
         before: str,
         verdict: Verdict,
-        clock: _Clock,
+        clock: Clock,
         dry_run: bool,
     ) -> Outcome:
         raw = factors.to_bytes()
@@ -204,7 +204,7 @@ class Engine:
         if dry_run:
             now = self.published
             return Outcome(entry, now.revision, entry.state_digest, before, committed=False)
-        after = _Clock()
+        after = Clock()
         self.ledger.append(entry, raw)
         after.lap("commit")
         self._publish(entry)
@@ -401,16 +401,3 @@ class Engine:
             "changed. Put the prompt so that the correction follows it naturally, or shorten the correction",
             **facts,
         )
-
-
-class _Clock:
-    """Milliseconds per step, added up by name."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = round(self.laps.get(name, 0.0) + 1000 * (now - self._start), 3)
-        self._start = now
