@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from transformers import PreTrainedModel
 
 from editors.base_model import BaseModel
+from service.ledger import EmbeddedRedis
 from tests.small import SMALL_MODELS, small_base
 
 
@@ -19,3 +22,10 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def base(request: pytest.FixtureRequest) -> BaseModel:
     """A random model with its tokenizer, in both layouts."""
     return small_base(request.param)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """One server for all tests that leave it as it was."""
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
+        yield server

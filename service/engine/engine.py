@@ -11,9 +11,9 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -47,6 +47,7 @@ from service.engine.requests import EditRequest, Limits, Outcome, Published
 from service.ledger import Applied, Entry, LedgerConflict, RedisLedger, RolledBack
 
 View = Literal["live", "base"]
+Changed = TypeVar("Changed")
 MAX_RACES = 3
 """How often an edit is judged again because another writer was first."""
 
@@ -103,19 +104,15 @@ class Engine:
         LedgerUnavailable. Whatever is raised, the live weights are as they were.
         """
         tokens = self._encode(request)
-        with self._writing:
-            for race in range(MAX_RACES):
-                self.catch_up()
-                repeated = self._repeated(request)
-                if repeated:
-                    return repeated
-                self._expect(expected_revision)
-                try:
-                    return self._apply(request, tokens, dry_run)
-                except LedgerConflict:
-                    if race == MAX_RACES - 1:
-                        raise
-            raise AssertionError("unreachable")
+
+        def attempt() -> Outcome:
+            repeated = self._repeated(request)
+            if repeated:
+                return repeated
+            self._expect(expected_revision)
+            return self._apply(request, tokens, dry_run)
+
+        return self._behind_others(attempt)
 
     def _apply(self, request: EditRequest, tokens: Tokens, dry_run: bool) -> Outcome:
         clock = Clock()
@@ -218,35 +215,40 @@ class Engine:
 
         Raises EditNotFound, AlreadyRolledBack, RevisionMismatch, LedgerUnavailable.
         """
+
+        def attempt() -> Edit:
+            edit = self.history.active(edit_id)
+            self._expect(expected_revision)
+            factors = Factors.from_bytes(self.ledger.factors(edit.applied.sequence))
+            self._state.remove(factors)
+            try:
+                entry = RolledBack(
+                    sequence=self.published.revision + 1,
+                    edit_id=edit_id,
+                    created_at=datetime.now(UTC),
+                    actor=actor,
+                    reason=reason,
+                    state_digest=self._state.digest(),
+                )
+                self._state.write(self.base.model, self._candidate)
+                self.ledger.append(entry)
+            except BaseException:
+                self._state.add(factors)
+                raise
+            self._publish(entry)
+            return self.history.find(edit_id)
+
+        return self._behind_others(attempt)
+
+    def _behind_others(self, attempt: Callable[[], Changed]) -> Changed:
+        """Make a change after everything that the ledger holds; once more if another writer was first meanwhile."""
         with self._writing:
-            for race in range(MAX_RACES):
+            for _ in range(MAX_RACES - 1):
                 self.catch_up()
-                edit = self.history.active(edit_id)
-                self._expect(expected_revision)
-                factors = Factors.from_bytes(self.ledger.factors(edit.applied.sequence))
-                self._state.remove(factors)
-                try:
-                    entry = RolledBack(
-                        sequence=self.published.revision + 1,
-                        edit_id=edit_id,
-                        created_at=datetime.now(UTC),
-                        actor=actor,
-                        reason=reason,
-                        state_digest=self._state.digest(),
-                    )
-                    self._state.write(self.base.model, self._candidate)
-                    self.ledger.append(entry)
-                except LedgerConflict:
-                    self._state.add(factors)
-                    if race == MAX_RACES - 1:
-                        raise
-                    continue
-                except BaseException:
-                    self._state.add(factors)
-                    raise
-                self._publish(entry)
-                return self.history.find(edit_id)
-            raise AssertionError("unreachable")
+                with suppress(LedgerConflict):
+                    return attempt()
+            self.catch_up()
+            return attempt()
 
     def catch_up(self) -> None:
         """Apply what the ledger holds beyond this process's revision: at start all of it, later what others wrote.
