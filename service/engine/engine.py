@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -29,8 +29,6 @@ from editors.views import UpperBlocks, view
 from service.engine.clock import Clock
 from service.engine.errors import (
     AlreadyRolledBack,
-    DidNotTake,
-    DrawdownExceeded,
     EditNotFound,
     IdempotencyKeyReused,
     LedgerDiverged,
@@ -41,8 +39,8 @@ from service.engine.gate import Gate
 from service.engine.guard import Guard
 from service.engine.held import HeldEdits
 from service.engine.history import Edit, History
-from service.engine.judge import Verdict, judge_keep, judge_paraphrases
-from service.engine.proposal import Attempts, Proposed, Proposer
+from service.engine.judge import Verdict, judge_keep, judge_paraphrases, refusal
+from service.engine.proposal import Attempts, Proposer
 from service.engine.requests import EditRequest, Limits, Outcome, Published
 from service.ledger import Applied, Entry, LedgerConflict, RedisLedger, RolledBack
 
@@ -138,7 +136,7 @@ class Engine:
                     return self._commit(request, factors, SCALES[index], before, verdict, clock, dry_run)
             if verdict.took and verdict.drawdown > verdict.drawdown_budget:
                 attempts.too_strong()
-        raise self._refusal(request, proposed, before, verdict)
+        raise refusal(request.correction, before, proposed.best_margin, verdict)
 
     @contextmanager
     def _staged(self, factors: Factors) -> Iterator[None]:
@@ -381,25 +379,3 @@ class Engine:
 
     def _answer_length(self, tokens: Tokens) -> int:
         return max(self.limits.answer_tokens, len(tokens.target) + 2)
-
-    def _refusal(
-        self, request: EditRequest, proposed: Proposed, before: str, verdict: Verdict | None
-    ) -> DidNotTake | DrawdownExceeded:
-        facts: dict[str, Any] = {
-            "before": {"text": before},
-            "best_margin_nats": round(proposed.best_margin, 4),
-        }
-        if verdict is not None:
-            facts |= {"after": {"text": verdict.after}, "checks": verdict.checks()}
-        if verdict is not None and verdict.took:
-            return DrawdownExceeded(
-                f"refused: unrelated behaviour would move by {verdict.drawdown:.3f}, over the budget of "
-                f"{verdict.drawdown_budget:.3f}; nothing was changed. Roll other edits back, "
-                "or raise MEND_GUARD_BUDGET",
-                **facts,
-            )
-        return DidNotTake(
-            f"refused: at no scale does the model answer {request.correction.strip()!r} to this prompt; nothing was "
-            "changed. Put the prompt so that the correction follows it naturally, or shorten the correction",
-            **facts,
-        )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import JsonValue
 
 from editors.decoding import Generation
 from editors.text import begins_with
+from service.engine.errors import DidNotTake, DrawdownExceeded
 
 Answer = Callable[[str], Generation]
 """Greedy answer of one view to one prompt."""
@@ -62,3 +64,28 @@ def judge_keep(keep: Sequence[str], base: Answer, candidate: Answer) -> list[dic
         before, after = base(prompt).text, candidate(prompt).text
         judged.append({"prompt": prompt, "kept": before == after, "before": before, "after": after})
     return judged
+
+
+def refusal(correction: str, before: str, best_margin: float, verdict: Verdict | None) -> DidNotTake | DrawdownExceeded:
+    """Why an edit does not go live, with the measurements of its last trial; none when no scale was worth one.
+
+    best_margin: how far the correction gets ahead at the best scale, in nats.
+    """
+    facts: dict[str, Any] = {
+        "before": {"text": before},
+        "best_margin_nats": round(best_margin, 4),
+    }
+    if verdict is not None:
+        facts |= {"after": {"text": verdict.after}, "checks": verdict.checks()}
+    if verdict is not None and verdict.took:
+        return DrawdownExceeded(
+            f"refused: unrelated behaviour would move by {verdict.drawdown:.3f}, over the budget of "
+            f"{verdict.drawdown_budget:.3f}; nothing was changed. Roll other edits back, "
+            "or raise MEND_GUARD_BUDGET",
+            **facts,
+        )
+    return DidNotTake(
+        f"refused: at no scale does the model answer {correction.strip()!r} to this prompt; nothing was "
+        "changed. Put the prompt so that the correction follows it naturally, or shorten the correction",
+        **facts,
+    )
