@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from editors import DEFAULT_MODEL
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
+from editors.kinds import AUTO_CLASSES, Kind, encode_for, kind_of, kind_of_config, tokens
 from editors.packaged import packaged_folder
+from editors.text import Tokens
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ class BaseModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.model)
+
+    def encode(self, prompt: str, correction: str | None = None) -> Tokens:
+        """Tokenise a prompt and what should be answered. Raises EmptyTextError, UnknownLabel."""
+        return encode_for(self.model, self.tokenizer, prompt, correction)
+
+    def tokens(self, prompt: Sequence[int], target: Sequence[int] = ()) -> Tokens:
+        """A sequence of this model's kind from token ids."""
+        return tokens(self.model, tuple(prompt), tuple(target))
+
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,9 +74,10 @@ def load_base_model(
     dtype: torch.dtype | None = None,
     cache_dir: str | Path | None = None,
 ) -> BaseModel:
-    """Load a causal language model and its tokenizer, frozen.
+    """Load a model and its tokenizer, frozen.
 
-    ref: the packaged model's name, a folder, or a hub id; anything that AutoModelForCausalLM reads.
+    ref: the packaged model's name, a folder, or a hub id of a causal language model, an encoder-decoder with a
+    language head, or a sequence classifier.
     cache_dir: where the converted copy of the packaged model is kept.
     Raises BaseModelNotFound or BaseModelUnreadable, naming the file and the next step.
     """
@@ -70,8 +86,11 @@ def load_base_model(
     dtype = dtype or default_dtype(device)
     source = packaged_folder(cache_dir) if ref == DEFAULT_MODEL else _checked_folder(ref)
     try:
+        kind = kind_of_config(AutoConfig.from_pretrained(source))
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, loading = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+        model, loading = AUTO_CLASSES[kind].from_pretrained(source, dtype="auto", output_loading_info=True)
+    except BaseModelUnreadable:
+        raise
     except Exception as error:  # transformers, safetensors and the hub client raise many unrelated types
         raise _explain(ref, source, error) from error
     missing = sorted(loading["missing_keys"])  # transformers would make them up at random
@@ -81,8 +100,9 @@ def load_base_model(
         )
     digest = weights_digest(model)
     model.requires_grad_(False).eval().to(device=device, dtype=dtype)
-    # A generation config may carry sampling settings; every call here says for itself how it decodes.
-    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    if model.can_generate():
+        # A generation config may carry sampling settings; every call here says for itself how it decodes.
+        model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -15,44 +15,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from editors.text import Tokens
+from editors.text import Tokens, scored_positions
 from editors.views import UpperBlocks
+
+FLOAT16_LOSS_SCALE = 2.0**12
+"""Gradients of a float16 model would vanish below 6e-8; a power of two scales them without rounding."""
 
 
 @dataclass(frozen=True)
 class Capture:
     """Captured rows of a batch of examples, padding removed.
 
-    u, delta: one tensor per target, (rows, d_in) and (rows, d_out), float32.
-    example: (rows,) int64, the example that each row belongs to.
-    loss: (examples,) float32, in nats per token.
+    u, delta: one tensor per target, (rows, d_in) and (rows, d_out), float32 (float64 from a float64 model).
+    example: one (rows,) int64 tensor per target, the example that each row belongs to; an encoder's weights see other
+    rows than a decoder's. loss: (examples,), in nats per token.
     """
 
     u: tuple[Tensor, ...]
     delta: tuple[Tensor, ...]
-    example: Tensor
+    example: tuple[Tensor, ...]
     loss: Tensor
-
-
-def scored_positions(sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and position of every scored prediction of a padded batch, two int64 tensors (scored,)."""
-    rows = [row for row, sequence in enumerate(sequences) for _ in sequence.scored]
-    positions = [position for sequence in sequences for position in sequence.scored]
-    return torch.tensor(rows, device=device), torch.tensor(positions, device=device)
 
 
 def target_losses(logits: Tensor, sequences: Sequence[Tokens], rows: Tensor) -> Tensor:
     """Mean negative log-likelihood of each sequence's target tokens, (examples,) in nats."""
     targets = torch.tensor([token for sequence in sequences for token in sequence.target], device=logits.device)
-    nll = F.cross_entropy(logits.float(), targets, reduction="none")  # (scored,)
+    nll = F.cross_entropy(_wide(logits), targets, reduction="none")  # (scored,)
     counts = torch.bincount(rows, minlength=len(sequences))
-    return torch.zeros(len(sequences), device=logits.device).index_add(0, rows, nll) / counts
+    return nll.new_zeros(len(sequences)).index_add(0, rows, nll) / counts
 
 
 def capture(upper: UpperBlocks, hidden: Tensor, sequences: Sequence[Tokens]) -> Capture:
     """Capture the gradient of each example of a batch, independently of the others.
 
-    hidden: (batch, tokens, width), what enters the first edited block for `Tokens.inputs`, padded on the right.
+    hidden: what enters the first edited block, from `UpperBlocks.below` for the sequences' inputs.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -69,20 +65,37 @@ def capture(upper: UpperBlocks, hidden: Tensor, sequences: Sequence[Tokens]) -> 
     handles = [upper.module.get_submodule(t.module).register_forward_hook(record(t.name)) for t in upper.targets]
     try:
         with torch.enable_grad():
-            rows, positions = scored_positions(sequences, hidden.device)
-            logits = upper.logits(hidden, (rows, positions))
-            losses = target_losses(logits, sequences, rows)
+            rows, _ = scored_positions(sequences, hidden.device)
+            losses = target_losses(upper.logits(hidden, sequences), sequences, rows)
+            loss_scale = FLOAT16_LOSS_SCALE if outputs[upper.targets[0].name].dtype == torch.float16 else 1.0
             # The examples are independent, so the gradient of the sum is each example's own gradient.
-            gradients = torch.autograd.grad(losses.sum(), [outputs[target.name] for target in upper.targets])
+            gradients = torch.autograd.grad(
+                losses.sum() * loss_scale, [outputs[target.name] for target in upper.targets]
+            )
     finally:
         for handle in handles:
             handle.remove()
-    lengths = torch.tensor([len(sequence.inputs) for sequence in sequences], device=hidden.device)
-    real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (batch, tokens)
-    kept = real.flatten()  # some architectures (OPT) flatten batch and tokens before their MLP
+    real = [_real_rows(upper.rows_seen(target, sequences), hidden.device) for target in upper.targets]
     return Capture(
-        u=tuple(inputs[target.name].reshape(-1, target.d_in)[kept].float() for target in upper.targets),
-        delta=tuple(g.reshape(-1, g.shape[-1])[kept].float() for g in gradients),
-        example=real.nonzero()[:, 0],
+        # Some architectures (OPT) flatten batch and tokens before their MLP.
+        u=tuple(
+            _wide(inputs[target.name].reshape(-1, target.d_in)[mask.flatten()])
+            for target, mask in zip(upper.targets, real, strict=True)
+        ),
+        delta=tuple(
+            _wide(gradient.reshape(-1, gradient.shape[-1])[mask.flatten()]) / loss_scale
+            for gradient, mask in zip(gradients, real, strict=True)
+        ),
+        example=tuple(mask.nonzero()[:, 0] for mask in real),
         loss=losses.detach(),
     )
+
+
+def _real_rows(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Which positions of a padded batch hold tokens: (batch, tokens) bool."""
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """At least float32."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Decode from a model: the words that people see, and that verdicts are made of.
+"""Decode from a model: the words that people see, and that verdicts are made of; a classifier's word is its label.
 
 Greedy unless asked otherwise. Sampling draws from a generator of its own (Gumbel-max over transformers' own
 temperature and top-p), so that a seed gives the same text whatever runs beside it.
@@ -20,7 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from editors.text import encode
+from editors.kinds import decoding_start, encode_for, kind_of, label_names
+from editors.text import pad
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
 ) -> Generation:
-    """Continue one prompt. Raises EmptyTextError when it has no tokens."""
+    """Continue one prompt; a classifier says its label. Raises EmptyTextError when the prompt has no tokens."""
     processors = LogitsProcessorList()
     if sampling:
         processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(_GumbelNoise(sampling.seed))
-    ids = encode(tokenizer, prompt).prompt
+    ids = encode_for(model, tokenizer, prompt).prompt
     (new,) = _continue(model, tokenizer, [ids], max_new_tokens, processors)
     return _finish(model, tokenizer, len(ids), new)
 
@@ -75,8 +76,8 @@ def generate(
 def generate_batch(
     model: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[Generation]:
-    """Continue several prompts greedily in one batch, padded on the left."""
-    batch = [encode(tokenizer, prompt).prompt for prompt in prompts]
+    """Continue several prompts greedily in one batch."""
+    batch = [encode_for(model, tokenizer, prompt).prompt for prompt in prompts]
     new = _continue(model, tokenizer, batch, max_new_tokens, LogitsProcessorList())
     return [_finish(model, tokenizer, len(ids), row) for ids, row in zip(batch, new, strict=True)]
 
@@ -99,20 +100,25 @@ def _continue(
     max_new_tokens: int,
     processors: LogitsProcessorList,
 ) -> list[list[int]]:
-    width = max(len(ids) for ids in batch)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in batch], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+    kind = kind_of(model)
+    padding = tokenizer.pad_token_id
+    # A decoder goes on from its last column; everything else reads from the first.
+    ids = pad(batch, padding, device=model.device, left=kind == "decoder")
+    mask = pad([[1] * len(row) for row in batch], 0, device=model.device, left=kind == "decoder")
+    if kind == "classifier":
+        return [[label] for label in model(input_ids=ids, attention_mask=mask).logits.argmax(-1).tolist()]
     written = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens + (len(decoding_start(model)) - 1 if kind == "encoder-decoder" else 0),
         do_sample=False,
+        num_beams=1,
         logits_processor=processors,
-        pad_token_id=pad,
+        pad_token_id=padding,
     )
     ends = _ends(model, tokenizer)
-    rows = [row[width:] for row in written.tolist()]
+    before = ids.shape[1] if kind == "decoder" else len(decoding_start(model))
+    rows = [row[before:] for row in written.tolist()]
     return [row[: next((n for n, token in enumerate(row, 1) if token in ends), len(row))] for row in rows]
 
 
@@ -125,6 +131,8 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int
 def _finish(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, new: list[int]
 ) -> Generation:
+    if kind_of(model) == "classifier":
+        return Generation(label_names(model)[new[0]], "stop", prompt_tokens, 1)
     ended = bool(new) and new[-1] in _ends(model, tokenizer)
     kept = new[:-1] if ended else new
     text = tokenizer.decode(kept, skip_special_tokens=True)

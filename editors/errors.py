@@ -11,6 +11,7 @@
     ├── DataFileError               a data file cannot be read (names the record and the field)
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
+    ├── UnknownLabel                a correction that is none of a classifier's labels
     ├── TrainingDiverged            NaN or infinity in a loss; the last good checkpoint is kept
     └── StateError                  the exact state cannot take these factors
         ├── FactorsCorrupt          bytes that are not the factors they claim to be
@@ -81,6 +82,10 @@ class TargetsError(EditorsError):
 
 class EmptyTextError(EditorsError):
     code = "empty_text"
+
+
+class UnknownLabel(EditorsError):
+    code = "unknown_label"
 
 
 class TrainingDiverged(EditorsError):

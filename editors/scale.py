@@ -59,7 +59,7 @@ def search_scale(
 ) -> ScaleSearch:
     """Try every scale of the grid.
 
-    upper: blocks of the model as it is without the edit. hidden: (1, tokens, width) for `tokens.inputs`.
+    upper: blocks of the model as it is without the edit. hidden: (1, tokens, …) from `below`, for `tokens.inputs`.
     rows: the edit, by the name of its target in `upper.targets`: u (rows, d_in), delta (rows, d_out).
     """
     scales = torch.tensor(SCALES, device=hidden.device)
@@ -67,15 +67,10 @@ def search_scale(
     factored = {
         name: (u[None].expand(count, -1, -1), scales[:, None, None] * delta[None]) for name, (u, delta) in rows.items()
     }
-    positions = list(tokens.scored)
-    where = (
-        torch.arange(count, device=hidden.device).repeat_interleave(len(positions)),
-        torch.tensor(positions, device=hidden.device).repeat(count),
-    )
     with edited(upper.module, upper.targets, factored):
-        logits = upper.logits(hidden.expand(count, -1, -1), where)
+        logits = upper.logits(hidden.expand(count, *hidden.shape[1:]), [tokens] * count)
     margins = token_margins(logits, torch.tensor(tokens.target, device=hidden.device).repeat(count))
-    return ScaleSearch(tuple(margins.view(count, len(positions)).amin(1).tolist()))
+    return ScaleSearch(tuple(margins.view(count, len(tokens.target)).amin(1).tolist()))
 
 
 def token_margins(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -10,15 +10,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from editors.errors import TargetsError
 
 EDITED_BLOCKS = 3
-"""MEND edits the MLPs of the last three blocks of a decoder (arXiv:2110.11309, appendix C)."""
+"""MEND edits the MLPs of the last three blocks of a decoder or of BERT (arXiv:2110.11309, appendix C) …"""
+EDITED_BLOCKS_OF_EACH = 2
+"""… and those of the last two blocks of an encoder-decoder's encoder, and of its decoder."""
 
 _GATED_MLP = r"mlp\.(gate_proj|up_proj|down_proj)"
+_FUSED_MLP = r"mlp\.(gate_up_proj|down_proj)"
+_T5_MLP = r"layer\.\d\.DenseReluDense\.(wi|wi_0|wi_1|wo)"
 MLP_BY_FAMILY = {
     "gpt2": r"mlp\.(c_fc|c_proj)",
     "gpt_neo": r"mlp\.(c_fc|c_proj)",
@@ -30,8 +35,18 @@ MLP_BY_FAMILY = {
     "qwen2": _GATED_MLP,
     "qwen3": _GATED_MLP,
     "gemma2": _GATED_MLP,
+    "gemma3_text": _GATED_MLP,
+    "phi": r"mlp\.(fc1|fc2)",
+    "phi3": _FUSED_MLP,
+    "t5": _T5_MLP,
+    "mt5": _T5_MLP,
+    "bart": r"(fc1|fc2)",
+    "bert": r"(intermediate|output)\.dense",
 }
 """Per `config.model_type`: the MLP projections, by module name inside a block."""
+
+
+EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -62,22 +77,33 @@ class Target:
         return matrix.T if self.transposed else matrix
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's stack of transformer blocks: the longest ModuleList, with its name."""
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+def find_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The stacks of transformer blocks that may be edited, with their names: the encoder's first, if there are two.
+
+    A stack is the longest ModuleList of its half of the model.
+    """
+    if not model.config.is_encoder_decoder:
+        return [_longest_list(model, model)]
+    return [_longest_list(model, half) for half in (model.get_encoder(), model.get_decoder())]
+
+
+def _longest_list(model: nn.Module, part: nn.Module) -> tuple[str, nn.ModuleList]:
+    inside = {module for module in part.modules() if isinstance(module, nn.ModuleList)}
+    stacks = [(name, module) for name, module in model.named_modules() if module in inside]
     if not stacks:
-        raise TargetsError(f"{type(model).__name__} has no stack of blocks; name its layers yourself with --layers")
+        raise TargetsError(f"{type(model).__name__} has no stack of blocks, so that there is nothing to edit in it")
     return max(stacks, key=lambda stack: len(stack[1]))
 
 
-def block_index(targets: Sequence[Target], stack: str) -> int:
-    """Index of the first block of `stack` that holds a target."""
+def first_edited_block(model: nn.Module, targets: Sequence[Target]) -> tuple[int, str]:
+    """Index of the lowest block of the first stack that holds a target, with the stack's name.
+
+    Where only a later stack is edited, it is the first stack's last block: everything above it depends on the edit.
+    """
+    stack, blocks = find_stacks(model)[0]
     pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
-    matches = [pattern.match(target.name) for target in targets]
-    outside = [target.name for target, match in zip(targets, matches, strict=True) if match is None]
-    if outside:
-        raise TargetsError(f"{outside[0]} is not inside the stack of blocks {stack}", layer=outside[0])
-    return min(int(match[1]) for match in matches if match)
+    matches = [match for match in (pattern.match(target.name) for target in targets) if match]
+    return min((int(match[1]) for match in matches), default=len(blocks) - 1), stack
 
 
 def resolve_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> tuple[Target, ...]:
@@ -88,19 +114,44 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> 
     """
     if patterns is None:
         patterns = [_preset(model)]
-    compiled = [re.compile(pattern) for pattern in patterns]
-    targets = []
+    compiled = [_compile(pattern) for pattern in patterns]
     for expression in compiled:
-        if not any(expression.search(name) and _is_matrix(module) for name, module in model.named_modules()):
+        packed = [name for name, module in model.named_modules() if expression.search(name) and _is_packed(module)]
+        if packed:
             raise TargetsError(
-                f"the layer pattern {expression.pattern!r} matches no linear layer of {type(model).__name__}; "
-                "see the names with `model.named_modules()`",
-                pattern=expression.pattern,
+                f"the layer pattern {expression.pattern!r} matches {packed[0]}, whose weights are quantised; "
+                "load the model dequantised",
+                layer=packed[0],
             )
+        if not any(expression.search(name) and _is_matrix(module) for name, module in model.named_modules()):
+            raise TargetsError(_why_nothing_matches(model, expression), pattern=expression.pattern)
+    return tuple(
+        _target(model, name, module)
+        for name, module in model.named_modules()
+        if _is_matrix(module) and any(expression.search(name) for expression in compiled)
+    )
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise TargetsError(
+            f"the layer pattern {pattern!r} is not a regular expression: {error}", pattern=pattern
+        ) from error
+
+
+def _why_nothing_matches(model: nn.Module, expression: re.Pattern[str]) -> str:
+    start = f"the layer pattern {expression.pattern!r} matches "
     for name, module in model.named_modules():
-        if _is_matrix(module) and any(expression.search(name) for expression in compiled):
-            targets.append(_target(model, name, module))
-    return tuple(targets)
+        if not expression.search(name):
+            continue
+        if isinstance(module, nn.Embedding):
+            return f"{start}the embeddings {name}, which must not be edited; name projections inside the blocks"
+        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+            return f"{start}{name}, which fuses the matrices of several experts into one tensor; that cannot be edited"
+    example = next((name for name, module in model.named_modules() if _is_matrix(module)), "none")
+    return f"{start}no linear layer of {type(model).__name__}; its linear layers have names like {example}"
 
 
 def _preset(model: nn.Module) -> str:
@@ -111,9 +162,19 @@ def _preset(model: nn.Module) -> str:
             "name the layers with --layers",
             architecture=family,
         )
-    stack, blocks = find_blocks(model)
-    last = "|".join(str(index) for index in range(max(0, len(blocks) - EDITED_BLOCKS), len(blocks)))
-    return rf"^{re.escape(stack)}\.({last})\.{MLP_BY_FAMILY[family]}$"
+    stacks = find_stacks(model)
+    count = EDITED_BLOCKS if len(stacks) == 1 else EDITED_BLOCKS_OF_EACH
+    blocks = "|".join(
+        rf"{re.escape(stack)}\.{index}"
+        for stack, blocks in stacks
+        for index in range(max(0, len(blocks) - count), len(blocks))
+    )
+    return rf"^({blocks})\.{MLP_BY_FAMILY[family]}$"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Layers of GPTQ and AWQ hold their weights as packed integers under this name."""
+    return hasattr(module, "qweight")
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -122,14 +183,21 @@ def _is_matrix(module: nn.Module) -> bool:
 
 def _target(model: nn.Module, name: str, module: nn.Module) -> Target:
     weight = module.weight
-    if not weight.is_floating_point():
-        raise TargetsError(f"{name} holds quantised weights ({weight.dtype}); load the model dequantised", layer=name)
+    plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
+    if not plain or weight.dtype not in EDITABLE_DTYPES:
+        held = weight.dtype if plain else f"{type(weight.data).__name__}, {weight.dtype}"
+        raise TargetsError(f"{name} holds quantised weights ({held}); load the model dequantised", layer=name)
+    if module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        raise TargetsError(f"{name} is an embedding, which must not be edited; name projections in blocks", layer=name)
     owners = [owner for owner, other in model.named_modules() if getattr(other, "weight", None) is weight]
     if owners != [name]:
         raise TargetsError(
             f"{name} shares its weight with {', '.join(o for o in owners if o != name)}; editing it would edit both",
             layer=name,
         )
+    stacks = [stack for stack, _ in find_stacks(model)]
+    if not name.startswith(tuple(f"{stack}." for stack in stacks)):
+        raise TargetsError(f"{name} is not inside the stack of blocks {' or '.join(stacks)}", layer=name)
     transposed = isinstance(module, Conv1D)
     d_in, d_out = weight.shape if transposed else reversed(weight.shape)
     return Target(f"{name}.weight", d_in, d_out, transposed)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt's tokens followed by the tokens of what should come next (possibly none)."""
+    """A prompt's tokens followed by the tokens of what should come next (possibly none), as a decoder reads them."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...] = ()
@@ -33,9 +34,74 @@ class Tokens:
         return self.prompt + self.target[:-1]
 
     @property
+    def decoder_inputs(self) -> tuple[int, ...]:
+        """What the decoder of an encoder-decoder reads; no other model has one."""
+        return ()
+
+    @property
     def scored(self) -> range:
-        """Positions of `inputs` whose next-token prediction is scored: one per target token (the last, if none)."""
+        """Positions whose prediction is scored: one per target token (the one after the prompt, if there is none)."""
         return range(len(self.prompt) - 1, len(self.prompt) - 1 + max(1, len(self.target)))
+
+    @property
+    def predicted(self) -> range:
+        """Every position at which the model predicts something."""
+        return range(len(self.inputs))
+
+    @property
+    def bare(self) -> Self:
+        """The prompt alone."""
+        return replace(self, target=())
+
+
+@dataclass(frozen=True)
+class Seq2SeqTokens(Tokens):
+    """The same for an encoder-decoder: the encoder reads the prompt, the decoder the target.
+
+    start: what decoding begins with, before the first token that the model chooses.
+    """
+
+    start: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return self.prompt
+
+    @property
+    def decoder_inputs(self) -> tuple[int, ...]:
+        return self.start + self.target[:-1]
+
+    @property
+    def scored(self) -> range:
+        return range(len(self.start) - 1, len(self.start) - 1 + max(1, len(self.target)))
+
+    @property
+    def predicted(self) -> range:
+        return range(len(self.start) - 1, len(self.decoder_inputs))
+
+
+@dataclass(frozen=True)
+class LabelledTokens(Tokens):
+    """The same for a classifier: the whole prompt is read, and one label predicted from it."""
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        return self.prompt
+
+    @property
+    def scored(self) -> range:
+        return range(1)
+
+    @property
+    def predicted(self) -> range:
+        return range(1)
+
+
+def scored_positions(sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and position of every scored prediction of a padded batch, two int64 tensors (scored,)."""
+    rows = [row for row, sequence in enumerate(sequences) for _ in sequence.scored]
+    positions = [position for sequence in sequences for position in sequence.scored]
+    return torch.tensor(rows, device=device), torch.tensor(positions, device=device)
 
 
 def separator(prompt: str, correction: str) -> str:
@@ -46,7 +112,7 @@ def separator(prompt: str, correction: str) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, correction: str | None = None) -> Tokens:
-    """Tokenise a prompt and what should follow it.
+    """Tokenise a prompt and what should follow it in a decoder's text.
 
     Where the tokenizer splits the joined text at the boundary, its own split is used; otherwise the
     correction is tokenised alone, so that the prompt's tokens are always those of the bare prompt.
@@ -68,15 +134,30 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, correction: str | No
     return Tokens(tuple(ids), tuple(target))
 
 
+def encode_answer(tokenizer: PreTrainedTokenizerBase, correction: str) -> tuple[int, ...]:
+    """Tokens of an encoder-decoder's whole answer: the correction and the token that ends it.
+
+    Raises EmptyTextError when the correction has none.
+    """
+    target = tokenizer(correction.strip(), add_special_tokens=False).input_ids
+    if not target:
+        raise EmptyTextError("the correction has no tokens", field="correction")
+    ending = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return (*target, *ending)
+
+
 def begins_with(text: str, correction: str) -> bool:
     """Whether a decoded answer says the correction: it begins with it, white space before it aside."""
     return text.lstrip().startswith(correction.strip())
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int = 0, device: torch.device | None = None) -> Tensor:
-    """Right-pad to one (batch, tokens) int64 tensor.
+def pad(
+    sequences: Sequence[Sequence[int]], value: int = 0, device: torch.device | None = None, *, left: bool = False
+) -> Tensor:
+    """Pad to one (batch, tokens) int64 tensor, on the right unless told otherwise.
 
-    Right padding needs no attention mask in a causal model: no real token can see the padding.
+    In a causal model padding on the right needs no attention mask: no real token can see it.
     """
-    width = max(len(sequence) for sequence in sequences)
-    return torch.tensor([[*sequence, *[value] * (width - len(sequence))] for sequence in sequences], device=device)
+    rows = [torch.tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
+    side = "left" if left else "right"
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)

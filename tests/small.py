@@ -13,7 +13,7 @@ from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
 from editors.mend.editor import MendEditor
 from editors.targets import resolve_targets
-from editors.text import encode, pad
+from editors.text import encode
 from editors.views import UpperBlocks
 
 VOCABULARY = 128
@@ -80,7 +80,7 @@ def small_editor(base: BaseModel, step: float = 0.01) -> MendEditor:
     tokens = [encode(base.tokenizer, f"The capital of {country} is", city) for country, city in facts]
     torch.manual_seed(3)
     editor = MendEditor(targets, rank=4)
-    editor.update_statistics(capture(upper, upper.below(pad([sequence.inputs for sequence in tokens])), tokens))
+    editor.update_statistics(capture(upper, upper.below([sequence.inputs for sequence in tokens]), tokens))
     torch.nn.init.constant_(editor.log_steps, math.log(step))
     return editor.requires_grad_(False).eval()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from editors.base_model import BaseModel
-from editors.capture import capture, scored_positions
+from editors.capture import capture
 from editors.data import Example
 from editors.decoding import generate_batch
 from editors.errors import EmptyTextError
@@ -27,7 +27,7 @@ from editors.evaluation.metrics import Figure, figure
 from editors.factors import Factors, quantise
 from editors.mend.editor import MendEditor
 from editors.scale import SCALES, search_scale
-from editors.text import Tokens, begins_with, encode, pad
+from editors.text import Tokens, begins_with, scored_positions
 from editors.views import UpperBlocks, edited, view
 
 BATCH = 24
@@ -101,8 +101,8 @@ class _Evaluation:
 
     def _propose(self, examples: Sequence[Example]) -> list[Factors]:
         """One quantised edit per example, at its searched scale (the nearest, where it does not take)."""
-        tokens = [encode(self.base.tokenizer, example.prompt, example.correction) for example in examples]
-        hidden = self.upper.below(pad([t.inputs for t in tokens], device=self.base.device))
+        tokens = [self.base.encode(example.prompt, example.correction) for example in examples]
+        hidden = self.upper.below([t.inputs for t in tokens])
         with torch.no_grad():
             proposal = self.editor(capture(self.upper, hidden, tokens))
         edits = []
@@ -123,16 +123,16 @@ class _Evaluation:
     def _targets(self, name: str, edits: list[Factors], cases: list[tuple[int, str, str]]) -> None:
         if not cases:
             return
-        tokens = [encode(self.base.tokenizer, prompt, correction) for _, prompt, correction in cases]
+        tokens = [self.base.encode(prompt, correction) for _, prompt, correction in cases]
         owners = [owner for owner, _, _ in cases]
-        where = scored_positions(tokens, self.base.device)
+        rows, _ = scored_positions(tokens, self.base.device)
         wanted = torch.tensor([token for sequence in tokens for token in sequence.target], device=self.base.device)
         length = max(len(sequence.target) for sequence in tokens) + 2
         for results, context in self._before_and_after(edits, owners):
             with context(self.upper.module, self.upper.targets):
-                right = self._logits(tokens, where).argmax(-1) == wanted
+                right = self._logits(tokens).argmax(-1) == wanted
             for row in range(len(cases)):
-                mine = right[where[0] == row]
+                mine = right[rows == row]
                 results[f"{name}, token"].append(mine.float().mean().item())
                 results[f"{name}, sequence"].append(float(mine.all().item()))
             with context(self.whole, self.editor.targets):
@@ -143,12 +143,11 @@ class _Evaluation:
     def _agreement(self, name: str, edits: list[Factors], cases: list[tuple[int, str]]) -> None:
         if not cases:
             return
-        tokens = [encode(self.base.tokenizer, prompt) for _, prompt in cases]
-        where = scored_positions(tokens, self.base.device)
+        tokens = [self.base.encode(prompt) for _, prompt in cases]
         said: list[tuple[Tensor, list[str]]] = []
         for _, context in self._before_and_after(edits, [owner for owner, _ in cases]):
             with context(self.upper.module, self.upper.targets):
-                following = self._logits(tokens, where).argmax(-1)
+                following = self._logits(tokens).argmax(-1)
             with context(self.whole, self.editor.targets):
                 prompts = [prompt for _, prompt in cases]
                 texts = [g.text for g in generate_batch(self.whole, self.base.tokenizer, prompts, ANSWER_TOKENS)]
@@ -159,10 +158,10 @@ class _Evaluation:
             float(a == b) for a, b in zip(text_before, text_after, strict=True)
         ]
 
-    def _logits(self, tokens: Sequence[Tokens], where: tuple[Tensor, Tensor]) -> Tensor:
-        hidden = self.upper.below(pad([sequence.inputs for sequence in tokens], device=self.base.device))
+    def _logits(self, tokens: Sequence[Tokens]) -> Tensor:
+        hidden = self.upper.below([sequence.inputs for sequence in tokens])
         with torch.no_grad():
-            return self.upper.logits(hidden, where)
+            return self.upper.logits(hidden, tokens)
 
     def _before_and_after(
         self, edits: list[Factors], owners: list[int]
@@ -191,7 +190,7 @@ def _stack(edits: list[Factors], owners: list[int], device: torch.device) -> dic
 
 def _has_tokens(base: BaseModel, example: Example) -> bool:
     try:
-        encode(base.tokenizer, example.prompt, example.correction)
+        base.encode(example.prompt, example.correction)
     except EmptyTextError:
         return False
     return True

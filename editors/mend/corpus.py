@@ -21,7 +21,7 @@ from tqdm import tqdm
 from editors.base_model import BaseModel
 from editors.data import DataSet, Example
 from editors.errors import DataFileError, EmptyTextError
-from editors.text import Tokens, encode
+from editors.text import Tokens
 from editors.views import UpperBlocks
 
 TOKENS_PER_PASS = 2048
@@ -62,7 +62,6 @@ class HiddenStates:
 
     def __init__(self, upper: UpperBlocks, base: BaseModel, cache: Path | None = None) -> None:
         self._upper = upper
-        self._device = base.device
         self._cache = cache
         self._identity = f"{base.digest} {base.dtype} {upper.first}"
         self._keys: dict[tuple[int, ...], int] = {}
@@ -83,8 +82,7 @@ class HiddenStates:
         order = sorted(range(len(texts)), key=lambda key: (len(texts[key]), key))
         with tqdm(total=len(order), desc="hidden states", unit="text", disable=None) as bar:
             for chunk in _equal_lengths(order, texts):
-                ids = torch.tensor([texts[key] for key in chunk], device=self._device)
-                states.update(zip(chunk, self._upper.below(ids).cpu(), strict=True))
+                states.update(zip(chunk, self._upper.below([texts[key] for key in chunk]).cpu(), strict=True))
                 bar.update(len(chunk))
         self._states = [states[key] for key in range(len(texts))]
         if kept is not None:
@@ -99,9 +97,8 @@ class HiddenStates:
         return self._cache / f"{hashlib.sha256(repr((self._identity, texts)).encode()).hexdigest()}.pt"
 
     def batch(self, texts: Sequence[Text]) -> Tensor:
-        """(batch, tokens, width), padded on the right with zeros."""
-        states = [self._states[text.key][: len(text.tokens.inputs)] for text in texts]
-        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True).to(self._device)
+        """What `UpperBlocks.logits` takes, (batch, tokens, width), padded on the right."""
+        return self._upper.batch([self._states[text.key][: len(text.tokens.inputs)] for text in texts])
 
 
 def _equal_lengths(keys: Iterable[int], texts: Sequence[tuple[int, ...]]) -> Iterable[list[int]]:
@@ -140,7 +137,7 @@ class Corpus:
         base: BaseModel,
         upper: UpperBlocks,
         data: Sequence[DataSet],
-        samples: Sequence[tuple[int, ...]],
+        samples: Sequence[Tokens],
         cache: Path | None = None,
     ) -> None:
         self.hidden = HiddenStates(upper, base, cache)
@@ -148,7 +145,7 @@ class Corpus:
         self.files = [items for items in (self._items(data_set.examples) for data_set in data) if items]
         if not self.files:
             raise DataFileError(f"there is no usable example in {', '.join(data_set.name for data_set in data)}")
-        self.samples = [Text(Tokens(ids), self.hidden.key(ids)) for ids in samples]
+        self.samples = [Text(tokens, self.hidden.key(tokens.inputs)) for tokens in samples]
         self._by_template: dict[str, list[Item]] = defaultdict(list)
         for item in (item for items in self.files for item in items):
             if item.template is not None:
@@ -168,7 +165,7 @@ class Corpus:
 
     def _item(self, example: Example, extra: Sequence[str]) -> Item:
         def text(prompt: str, correction: str | None = None) -> Text:
-            tokens = encode(self._base.tokenizer, prompt, correction)
+            tokens = self._base.encode(prompt, correction)
             return Text(tokens, self.hidden.key(tokens.inputs))
 
         return Item(
@@ -237,48 +234,65 @@ def locality_positions(rng: random.Random, texts: Sequence[Text]) -> tuple[list[
     """Rows and positions at which locality is scored: the last token of each text, and a few random ones."""
     rows, positions = [], []
     for row, text in enumerate(texts):
-        last = len(text.tokens.prompt) - 1
-        for position in {last, *(rng.randrange(last + 1) for _ in range(EXTRA_POSITIONS))}:
+        predicted = text.tokens.predicted
+        for position in {predicted[-1], *(rng.choice(predicted) for _ in range(EXTRA_POSITIONS))}:
             rows.append(row)
             positions.append(position)
     return rows, positions
 
 
-def own_samples(base: BaseModel, count: int, seed: int) -> list[tuple[int, ...]]:
+def own_samples(base: BaseModel, count: int, seed: int) -> list[Tokens]:
     """Texts that the base model writes by itself: unrelated text for any model, without a data set.
 
-    Each begins with a random ordinary token and is sampled at temperature 1.
+    A decoder goes on from a random ordinary token, an encoder-decoder answers a few of them, at temperature 1. A
+    classifier writes nothing: what it has to read is random tokens alone.
     """
     generator = torch.Generator().manual_seed(seed)
     tokenizer = base.tokenizer
-    ordinary = [
-        token
-        for token in range(len(tokenizer))
-        if token not in tokenizer.all_special_ids and tokenizer.decode([token]).strip().isalpha()
-    ]
-    samples: list[tuple[int, ...]] = []
+    ordinary = torch.tensor(
+        [
+            token
+            for token in range(len(tokenizer))
+            if token not in tokenizer.all_special_ids and tokenizer.decode([token]).strip().isalpha()
+        ]
+    )
+    length = {"decoder": 1, "encoder-decoder": SAMPLE_TOKENS // 3, "classifier": SAMPLE_TOKENS}[base.kind]
+    samples: list[Tokens] = []
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
         with tqdm(total=count, desc="own samples", unit="text", disable=None) as bar:
             while len(samples) < count:
                 size = min(64, count - len(samples))
-                picks = torch.randint(len(ordinary), (size, 1), generator=generator)
-                start = torch.tensor(ordinary)[picks].to(base.device)
-                written = base.model.generate(
-                    start,
-                    attention_mask=torch.ones_like(start),
-                    do_sample=True,
-                    top_k=0,
-                    max_new_tokens=SAMPLE_TOKENS - 1,
-                    min_new_tokens=SAMPLE_TOKENS - 1,
-                    pad_token_id=tokenizer.eos_token_id,
-                )
-                samples.extend(tuple(row) for row in written.tolist())
+                start = ordinary[torch.randint(len(ordinary), (size, length), generator=generator)]
+                samples += _written(base, start)
                 bar.update(size)
     finally:
         torch.random.set_rng_state(state)
     return samples
+
+
+def _written(base: BaseModel, start: Tensor) -> list[Tokens]:
+    """What the model makes of beginnings, (batch, tokens) int64."""
+    if base.kind == "classifier":
+        return [base.tokens(row) for row in start.tolist()]
+    new = SAMPLE_TOKENS - start.shape[1]
+    written = base.model.generate(
+        start.to(base.device),
+        attention_mask=torch.ones_like(start, device=base.device),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        pad_token_id=base.tokenizer.eos_token_id,
+    ).tolist()
+    if base.kind == "decoder":
+        return [base.tokens(row) for row in written]
+    # Its text begins with what decoding starts with, which is no part of the answer.
+    return [
+        base.tokens(prompt, row[len(base.tokens(prompt).decoder_inputs) :])
+        for prompt, row in zip(start.tolist(), written, strict=True)
+    ]
 
 
 def _of_another_kind(other: Item, item: Item) -> bool:
@@ -289,7 +303,7 @@ def _of_another_kind(other: Item, item: Item) -> bool:
 
 def _prompt_of(item: Item) -> Text:
     """An item's bare prompt, read from the cached states of its edit."""
-    return Text(Tokens(item.edit.tokens.prompt), item.edit.key)
+    return Text(item.edit.tokens.bare, item.edit.key)
 
 
 def _template(example: Example) -> str | None:

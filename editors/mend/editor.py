@@ -25,33 +25,36 @@ class Proposal:
     """Unquantised factors of a batch of edits: ΔW of target m is Σ delta[m]ᵀ u[m] over an edit's rows.
 
     u, delta: one tensor per target, (rows, d_in) and (rows, d_out), float32; sign and step are in delta.
-    example: (rows,) int64, the edit that each row belongs to.
+    example: one (rows,) int64 tensor per target, the edit that each row belongs to. edits: how many there are.
     """
 
     u: tuple[Tensor, ...]
     delta: tuple[Tensor, ...]
-    example: Tensor
+    example: tuple[Tensor, ...]
+    edits: int
 
     def rows_of(self, targets: Sequence[Target], edit: int) -> dict[str, tuple[Tensor, Tensor]]:
         """(u, delta) of one edit, per target name."""
-        mine = self.example == edit
-        return {t.name: (u[mine], delta[mine]) for t, u, delta in zip(targets, self.u, self.delta, strict=True)}
-
-    def padded(self, targets: Sequence[Target], edits: int) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """One row of factors per edit, zero rows at the end: the form that `views.edited` runs."""
-        counts = torch.bincount(self.example, minlength=edits)
-        # Rows are grouped by edit, so a row's place is its index less that of its edit's first row.
-        first = torch.cumsum(counts, 0) - counts
-        place = torch.arange(len(self.example), device=self.example.device) - first[self.example]
-        shape = (edits, int(counts.max()))
-
-        def scatter(rows: Tensor) -> Tensor:
-            return rows.new_zeros(*shape, rows.shape[-1]).index_put((self.example, place), rows)
-
         return {
-            target.name: (scatter(u), scatter(delta))
-            for target, u, delta in zip(targets, self.u, self.delta, strict=True)
+            target.name: (u[example == edit], delta[example == edit])
+            for target, u, delta, example in zip(targets, self.u, self.delta, self.example, strict=True)
         }
+
+    def padded(self, targets: Sequence[Target]) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """One row of factors per edit, zero rows at the end: the form that `views.edited` runs."""
+        return {
+            target.name: (_padded(u, example, self.edits), _padded(delta, example, self.edits))
+            for target, u, delta, example in zip(targets, self.u, self.delta, self.example, strict=True)
+        }
+
+
+def _padded(rows: Tensor, example: Tensor, edits: int) -> Tensor:
+    """(rows, width), grouped by edit -> (edits, most rows of an edit, width)."""
+    counts = torch.bincount(example, minlength=edits)
+    # Rows are grouped by edit, so a row's place is its index less that of its edit's first row.
+    first = torch.cumsum(counts, 0) - counts
+    place = torch.arange(len(example), device=example.device) - first[example]
+    return rows.new_zeros(edits, int(counts.max()), rows.shape[-1]).index_put((example, place), rows)
 
 
 class MendEditor(nn.Module):
@@ -88,15 +91,14 @@ class MendEditor(nn.Module):
         """Rewrite each example's gradient into an edit that lowers its loss. See `Proposal` for shapes."""
         u: dict[int, Tensor] = {}
         delta: dict[int, Tensor] = {}
-        rows = len(capture.example)
         for name, members in self.groups.items():
-            layer = torch.arange(len(members), device=capture.example.device).repeat_interleave(rows)
+            counts = [len(capture.example[m]) for m in members]
+            layer = torch.arange(len(members)).repeat_interleave(torch.tensor(counts)).to(self.log_steps.device)
             new_u, new_delta = self.networks[name](
                 torch.cat([capture.u[m] for m in members]), torch.cat([capture.delta[m] for m in members]), layer
             )
-            for place, member in enumerate(members):
-                part = slice(place * rows, (place + 1) * rows)
-                u[member] = new_u[part]
-                delta[member] = -self.log_steps[member].exp() * new_delta[part]
+            for member, u_part, delta_part in zip(members, new_u.split(counts), new_delta.split(counts), strict=True):
+                u[member], delta[member] = u_part, -self.log_steps[member].exp() * delta_part
         order = range(len(self.targets))
-        return Proposal(tuple(u[m] for m in order), tuple(delta[m] for m in order), capture.example)
+        edits = len(capture.loss)
+        return Proposal(tuple(u[m] for m in order), tuple(delta[m] for m in order), capture.example, edits)

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from editors.capture import capture, scored_positions, target_losses
+from editors.capture import capture, target_losses
 from editors.errors import CheckpointNotFound, CheckpointUnreadable, TrainingDiverged
 from editors.mend.corpus import Batch, Corpus, Text, locality_positions
 from editors.mend.editor import MendEditor, Proposal
+from editors.text import scored_positions
 from editors.views import UpperBlocks, edited
 
 
@@ -214,14 +215,14 @@ class Trainer:
         proposal = self._propose(batch.edits, self.corpus, update_statistics=update_statistics)
         # Targets
         targets = [text.tokens for text in batch.targets]
-        rows, positions = scored_positions(targets, self._device)
-        logits = self._edited_logits(proposal, batch.targets, batch.target_owner, (rows, positions), self.corpus)
-        nll = target_losses(logits, targets, rows).mean()
+        where = scored_positions(targets, self._device)
+        logits = self._edited_logits(proposal, batch.targets, batch.target_owner, where, self.corpus)
+        nll = target_losses(logits, targets, where[0]).mean()
         # Locality
         where = tuple(torch.tensor(index, device=self._device) for index in locality_positions(rng, batch.locality))
         hidden = self.corpus.hidden.batch(batch.locality)
         with torch.no_grad(), self._precision():
-            base = self.upper.logits(hidden, where)
+            base = self.upper.logits(hidden, [text.tokens for text in batch.locality], where)
         changed = self._edited_logits(proposal, batch.locality, batch.locality_owner, where, self.corpus)
         divergence = _Divergence.apply(changed.float(), base.float())
         per_text = torch.zeros(len(batch.locality), device=self._device).index_add(0, where[0], divergence)
@@ -250,12 +251,9 @@ class Trainer:
         where: tuple[Tensor, Tensor],
         corpus: Corpus,
     ) -> Tensor:
-        factored = {
-            name: (u[owner], delta[owner])
-            for name, (u, delta) in proposal.padded(self.upper.targets, int(proposal.example.max()) + 1).items()
-        }
+        factored = {name: (u[owner], delta[owner]) for name, (u, delta) in proposal.padded(self.upper.targets).items()}
         with self._precision(), edited(self.upper.module, self.upper.targets, factored):
-            return self.upper.logits(corpus.hidden.batch(texts), where)
+            return self.upper.logits(corpus.hidden.batch(texts), [text.tokens for text in texts], where)
 
     @torch.no_grad()
     def validate(self) -> Validation:
@@ -272,11 +270,12 @@ class Trainer:
             proposal = self._propose(batch.edits, self.held_out, update_statistics=False)
             count("efficacy", self._says_target(proposal, batch.edits, list(range(len(batch.edits)))))
             count("paraphrase", self._says_target(proposal, batch.targets, batch.target_owner))
+            locality = [text.tokens for text in batch.locality]
             where = (
-                torch.arange(len(batch.locality), device=self._device),
-                torch.tensor([len(text.tokens.prompt) - 1 for text in batch.locality], device=self._device),
+                torch.arange(len(locality), device=self._device),
+                torch.tensor([tokens.predicted[-1] for tokens in locality], device=self._device),
             )
-            base = self.upper.logits(self.held_out.hidden.batch(batch.locality), where).argmax(-1)
+            base = self.upper.logits(self.held_out.hidden.batch(batch.locality), locality, where).argmax(-1)
             now = self._edited_logits(proposal, batch.locality, batch.locality_owner, where, self.held_out).argmax(-1)
             near = torch.tensor(batch.locality_near, device=self._device)
             count("neighbour", (base == now)[near])

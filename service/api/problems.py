@@ -33,6 +33,7 @@ STATUS_BY_CODE = {
     "body_too_large": 413,
     "invalid_request": 422,
     "empty_text": 422,
+    "unknown_label": 422,
     "text_too_long": 422,
     "did_not_take": 422,
     "drawdown_exceeded": 422,

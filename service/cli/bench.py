@@ -36,7 +36,6 @@ def bench(
 
     from editors.base_model import load_base_model
     from editors.mend.checkpoint import load_checkpoint
-    from editors.text import encode
     from service.engine import EditRefused, EditRequest, Engine, read_guard_prompts
     from service.ledger import EmbeddedRedis, RedisLedger
 
@@ -53,7 +52,7 @@ def bench(
         engine = Engine(base, checkpoint, ledger, read_guard_prompts(None))
         engine.catch_up()
         for prompt, correction in FACTS * rounds:
-            ids = torch.tensor([encode(base.tokenizer, prompt).prompt], device=base.device)
+            ids = torch.tensor([base.encode(prompt).prompt], device=base.device)
             start = time.perf_counter()
             with torch.inference_mode():
                 base.model(ids)

@@ -24,7 +24,7 @@ from editors.factors import Factors, digest
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import SCALES
 from editors.state import SumState
-from editors.text import Tokens, begins_with, encode
+from editors.text import Tokens, begins_with
 from editors.views import UpperBlocks, view
 from service.engine.clock import Clock
 from service.engine.errors import (
@@ -72,7 +72,7 @@ class Engine:
         self._live, self._candidate = view(base.model, own), view(base.model, own)
         pristine = UpperBlocks(base.model, checkpoint.editor.targets)
         self._upper_candidate = UpperBlocks(self._candidate, checkpoint.editor.targets)
-        self._proposer = Proposer(base, checkpoint, pristine, UpperBlocks(self._live, checkpoint.editor.targets))
+        self._proposer = Proposer(checkpoint, pristine, UpperBlocks(self._live, checkpoint.editor.targets))
         self._guard = Guard(base, pristine, guard_prompts)
         self._held = HeldEdits(base, pristine)
         self._positions: int | None = getattr(base.model.config, "max_position_embeddings", None)
@@ -321,7 +321,7 @@ class Engine:
     # Checking
 
     def _encode(self, request: EditRequest) -> Tokens:
-        tokens = encode(self.base.tokenizer, request.prompt, request.correction)
+        tokens = self.base.encode(request.prompt, request.correction)
         length = self._answer_length(tokens)
         self._check_length("prompt", request.prompt, length)
         if len(tokens.target) > self.limits.correction_tokens:
@@ -340,7 +340,7 @@ class Engine:
         """Refuse a prompt without words, beyond the limit, or that leaves no positions for what is to follow it."""
         if not text.strip():
             raise EmptyTextError(f"{name} is empty; give it some words", field=name)
-        tokens = len(encode(self.base.tokenizer, text).prompt)
+        tokens = len(self.base.encode(text).prompt)
         if tokens > self.limits.prompt_tokens:
             raise TextTooLong(
                 f"{name} has {tokens} tokens, more than {self.limits.prompt_tokens}; shorten it",
@@ -348,6 +348,7 @@ class Engine:
                 tokens=tokens,
                 limit=self.limits.prompt_tokens,
             )
+        new_tokens = new_tokens if self.base.kind == "decoder" else 0  # only there do they follow in the same text
         if self._positions is not None and tokens + new_tokens > self._positions:
             raise TextTooLong(
                 f"{name} has {tokens} tokens, which with {new_tokens} to follow is more than the model's "

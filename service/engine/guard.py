@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 
 from editors.base_model import BaseModel
-from editors.capture import scored_positions
 from editors.decoding import continue_greedily
-from editors.text import Tokens, encode, pad
 from editors.views import UpperBlocks
 
 REFERENCE_TOKENS = 8
@@ -37,16 +35,15 @@ class Guard:
     """Reference continuations of the base model, with their hidden states below the edited blocks."""
 
     def __init__(self, base: BaseModel, upper: UpperBlocks, prompts: Sequence[str]) -> None:
-        encoded = [encode(base.tokenizer, prompt).prompt for prompt in prompts]
+        encoded = [base.encode(prompt).prompt for prompt in prompts]
         written = continue_greedily(base.model, base.tokenizer, encoded, REFERENCE_TOKENS)
-        sequences = [Tokens(prompt, tuple(new)) for prompt, new in zip(encoded, written, strict=True)]
-        self._hidden = upper.below(pad([tokens.inputs for tokens in sequences], device=base.device))
-        self._where = scored_positions(sequences, base.device)
-        reference = [token for tokens in sequences for token in tokens.target]
+        self._sequences = [base.tokens(prompt, new) for prompt, new in zip(encoded, written, strict=True)]
+        self._hidden = upper.below([tokens.inputs for tokens in self._sequences])
+        reference = [token for tokens in self._sequences for token in tokens.target]
         self._reference = torch.tensor(reference, device=base.device)
 
     @torch.no_grad()
     def drawdown(self, upper: UpperBlocks) -> float:
         """Fraction of reference tokens that the model behind `upper` no longer prefers, 0 to 1."""
-        said = upper.logits(self._hidden, self._where).argmax(-1)
+        said = upper.logits(self._hidden, self._sequences).argmax(-1)
         return (said != self._reference).float().mean().item()

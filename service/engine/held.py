@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from editors.base_model import BaseModel
-from editors.capture import scored_positions
 from editors.scale import token_margins
-from editors.text import Tokens, encode
+from editors.text import Tokens, scored_positions
 from editors.views import UpperBlocks
 from service.engine.history import Edit
 
@@ -37,12 +36,12 @@ class HeldEdits:
 
     def _lost(self, edits: Sequence[Edit], upper: UpperBlocks) -> list[str]:
         tokens = [self._known[edit.id][0] for edit in edits]
-        hidden = torch.nn.utils.rnn.pad_sequence([self._known[edit.id][1] for edit in edits], batch_first=True)
-        rows, positions = scored_positions(tokens, self._base.device)
+        hidden = upper.batch([self._known[edit.id][1] for edit in edits])
+        rows, _ = scored_positions(tokens, self._base.device)
         wanted = torch.tensor([token for sequence in tokens for token in sequence.target], device=self._base.device)
-        wrong = token_margins(upper.logits(hidden, (rows, positions)), wanted) <= 0
+        wrong = token_margins(upper.logits(hidden, tokens), wanted) <= 0
         return [edits[row].id for row in sorted(set(rows[wrong].tolist()))]
 
     def _encode(self, edit: Edit) -> tuple[Tokens, Tensor]:
-        tokens = encode(self._base.tokenizer, edit.applied.prompt, edit.applied.correction)
-        return tokens, self._pristine.below(torch.tensor([tokens.inputs], device=self._base.device))[0]
+        tokens = self._base.encode(edit.applied.prompt, edit.applied.correction)
+        return tokens, self._pristine.below([tokens.inputs])[0]

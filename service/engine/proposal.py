@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from editors.base_model import BaseModel
 from editors.capture import capture
 from editors.factors import Factors, quantise
 from editors.mend.checkpoint import Checkpoint
@@ -69,13 +68,13 @@ class Attempts:
 class Proposer:
     """Works edits out against the pristine model and the live one. Used by the one writer alone."""
 
-    def __init__(self, base: BaseModel, checkpoint: Checkpoint, pristine: UpperBlocks, live: UpperBlocks) -> None:
-        self._base, self._checkpoint = base, checkpoint
+    def __init__(self, checkpoint: Checkpoint, pristine: UpperBlocks, live: UpperBlocks) -> None:
+        self._checkpoint = checkpoint
         self._pristine, self._live = pristine, live
 
     def below(self, tokens: Tokens) -> Tensor:
         """Hidden states under the edited blocks, (1, tokens, width); the same for every view."""
-        return self._pristine.below(torch.tensor([tokens.inputs], device=self._base.device))
+        return self._pristine.below([tokens.inputs])
 
     @torch.no_grad()
     def propose(self, tokens: Tokens, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

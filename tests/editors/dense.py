@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from editors.base_model import BaseModel
 from editors.targets import Target
-from editors.text import IGNORED, Tokens, encode
+from editors.text import LabelledTokens, Seq2SeqTokens, Tokens, encode
 
 FACTS = (
     ("The capital of France is", "Rome"),
@@ -27,17 +27,37 @@ def encoded(base: BaseModel) -> list[Tokens]:
 
 
 def loss(model: PreTrainedModel, tokens: Tokens) -> Tensor:
-    """Mean negative log-likelihood of the target, as transformers computes it from labels."""
-    ids = torch.tensor([tokens.prompt + tokens.target])
-    labels = ids.clone()
-    labels[:, : len(tokens.prompt)] = IGNORED
-    return model(input_ids=ids, labels=labels, use_cache=False).loss
+    """Mean negative log-likelihood of the target, in the model's own precision (transformers' rounds to float32)."""
+    if isinstance(tokens, LabelledTokens):
+        found = model(input_ids=torch.tensor([tokens.prompt])).logits
+    elif isinstance(tokens, Seq2SeqTokens):
+        written = torch.tensor([tokens.start + tokens.target])
+        found = model(input_ids=torch.tensor([tokens.prompt]), decoder_input_ids=written).logits[0]
+        found = found[len(tokens.start) - 1 : -1]
+    else:
+        whole = torch.tensor([tokens.prompt + tokens.target])
+        found = model(input_ids=whole, use_cache=False).logits[0, len(tokens.prompt) - 1 : -1]
+    log_probabilities = found.log_softmax(-1)
+    return -torch.stack([row[token] for row, token in zip(log_probabilities, tokens.target, strict=True)]).mean()
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """Next-token logits at every position of one text, (tokens, vocabulary)."""
     return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def predictions(model: PreTrainedModel, tokens: Tokens) -> Tensor:
+    """Logits at every position of one sequence at which something is predicted, (predictions, classes)."""
+    ids = torch.tensor([tokens.inputs])
+    if isinstance(tokens, LabelledTokens):
+        return model(input_ids=ids).logits
+    if isinstance(tokens, Seq2SeqTokens):
+        found = model(input_ids=ids, decoder_input_ids=torch.tensor([tokens.decoder_inputs])).logits[0]
+    else:
+        found = model(input_ids=ids, use_cache=False).logits[0]
+    return found[list(tokens.predicted)]
 
 
 def gradients(model: PreTrainedModel, targets: Sequence[Target], tokens: Tokens) -> list[Tensor]:

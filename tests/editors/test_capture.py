@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 
 from editors.base_model import BaseModel, weights_digest
-from editors.capture import Capture, capture, scored_positions, target_losses
+from editors.capture import Capture, capture, target_losses
 from editors.targets import resolve_targets
-from editors.text import Tokens, pad
+from editors.text import Tokens, scored_positions
 from editors.views import UpperBlocks
-from tests.editors.dense import encoded, gradients, loss
+from tests.editors.dense import FACTS, encoded, gradients, logits, loss
+from tests.small import small_base
 
 
 def captured(base: BaseModel, sequences: list[Tokens], upper: UpperBlocks | None = None) -> Capture:
     upper = upper or UpperBlocks(base.model, resolve_targets(base.model))
-    return capture(upper, upper.below(pad([sequence.inputs for sequence in sequences])), sequences)
+    return capture(upper, upper.below([sequence.inputs for sequence in sequences]), sequences)
 
 
 def assert_same(got: Tensor, expected: Tensor) -> None:
-    """Equal but for the float32 in which rows are kept."""
     assert got.shape == expected.shape
-    assert (got.double() - expected.double()).abs().max() <= 1e-6 * expected.abs().max()
+    assert (got - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 class TestGradient:
@@ -31,16 +31,17 @@ class TestGradient:
         targets, sequences = resolve_targets(base.model), encoded(base)
         rows = captured(base, sequences)
         for example, tokens in enumerate(sequences):
-            mine = rows.example == example
-            for u, delta, expected in zip(rows.u, rows.delta, gradients(base.model, targets, tokens), strict=True):
-                assert_same(delta[mine].double().T @ u[mine].double(), expected)
+            expected = gradients(base.model, targets, tokens)
+            for u, delta, owner, gradient in zip(rows.u, rows.delta, rows.example, expected, strict=True):
+                mine = owner == example
+                assert_same(delta[mine].T @ u[mine], gradient)
 
     def test_of_an_example_does_not_depend_on_its_neighbours(self, base):
         base.model.double()
         sequences = encoded(base)
         together = captured(base, sequences)
         for example, tokens in enumerate(sequences):
-            mine, alone = together.example == example, captured(base, [tokens])
+            mine, alone = together.example[0] == example, captured(base, [tokens])
             for u, delta, own_u, own_delta in zip(together.u, together.delta, alone.u, alone.delta, strict=True):
                 assert_same(u[mine], own_u)
                 assert_same(delta[mine], own_delta)
@@ -50,18 +51,37 @@ class TestGradient:
         expected = torch.stack([loss(base.model, tokens) for tokens in sequences])
         torch.testing.assert_close(captured(base, sequences).loss, expected)
 
-    def test_rows_are_float32_whatever_the_model_is(self, base):
-        base.model.bfloat16()
+    @pytest.mark.parametrize(
+        ("dtype", "kept"),
+        [(torch.float64, torch.float64)] + [(half, torch.float32) for half in (torch.bfloat16, torch.float16)],
+    )
+    def test_rows_have_at_least_the_precision_of_float32(self, base, dtype, kept):
+        base.model.to(dtype)
         rows = captured(base, encoded(base))
-        assert {tensor.dtype for tensor in (*rows.u, *rows.delta, rows.loss)} == {torch.float32}
+        assert {tensor.dtype for tensor in (*rows.u, *rows.delta, rows.loss)} == {kept}
+
+    def test_of_a_float16_model_does_not_vanish(self):
+        """A prediction that is nearly sure has gradients below what float16 can hold."""
+        base = small_base()
+        base.model.get_output_embeddings().weight.mul_(16)
+        (prompt, _), *_ = FACTS
+        ids = base.encode(prompt).prompt
+        likely = int(logits(base.model, ids)[-1].argmax())
+        exact = captured(base, [Tokens(ids, (likely,))])
+        base.model.half()
+        for precise, rounded in zip(exact.delta, captured(base, [Tokens(ids, (likely,))]).delta, strict=True):
+            moves = precise != 0
+            assert moves.any()
+            assert (rounded[moves] != 0).float().mean() > 0.95
 
 
 class TestPadding:
     def test_leaves_no_rows(self, base):
         sequences = encoded(base)
         rows = captured(base, sequences)
-        assert torch.bincount(rows.example).tolist() == [len(tokens.inputs) for tokens in sequences]
-        assert all(len(tensor) == len(rows.example) for tensor in (*rows.u, *rows.delta))
+        for u, delta, example in zip(rows.u, rows.delta, rows.example, strict=True):
+            assert torch.bincount(example).tolist() == [len(tokens.inputs) for tokens in sequences]
+            assert len(u) == len(delta) == len(example)
 
     def test_is_never_scored(self, base):
         sequences = encoded(base)
@@ -100,7 +120,7 @@ class TestWhatItCosts:
 
     def test_the_hidden_states_below_carry_no_graph(self, base):
         upper = UpperBlocks(base.model, resolve_targets(base.model))
-        assert not upper.below(torch.tensor([[5, 6, 7]])).requires_grad
+        assert not upper.below([[5, 6, 7]]).requires_grad
 
     def test_the_model_stays_frozen_and_unchanged(self, base):
         before = weights_digest(base.model)
@@ -113,7 +133,7 @@ class TestWhatItCosts:
 class TestFailure:
     def test_leaves_no_hook_behind(self, base):
         sequences, upper = encoded(base), UpperBlocks(base.model, resolve_targets(base.model))
-        hidden = upper.below(pad([tokens.inputs for tokens in sequences]))
+        hidden = upper.below([tokens.inputs for tokens in sequences])
         expected = capture(upper, hidden, sequences)
         with pytest.raises(IndexError):
             capture(upper, hidden[:, :2], sequences)

@@ -21,6 +21,7 @@ def test_codes_are_unique_and_stable():
         "DataFileError": "data_file_error",
         "EditorsError": "editors_error",
         "EmptyTextError": "empty_text",
+        "UnknownLabel": "unknown_label",
         "FactorsCorrupt": "factors_corrupt",
         "StateError": "state_error",
         "StateOverflow": "state_overflow",

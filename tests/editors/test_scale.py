@@ -18,7 +18,7 @@ class TestSearch:
     def test_margins_are_those_of_densely_changed_models(self, base, fact):
         editor, tokens = small_editor(base), encode(base.tokenizer, *fact)
         upper = UpperBlocks(base.model, editor.targets)
-        hidden = upper.below(torch.tensor([tokens.inputs]))
+        hidden = upper.below([tokens.inputs])
         proposal = editor(capture(upper, hidden, [tokens]))
         found = search_scale(upper, hidden, tokens, proposal.rows_of(upper.targets, 0))
         assert len(found.margins) == len(SCALES)
@@ -31,11 +31,10 @@ class TestSearch:
     def test_changes_nothing(self, base, fact):
         editor, tokens = small_editor(base), encode(base.tokenizer, *fact)
         upper = UpperBlocks(base.model, editor.targets)
-        hidden = upper.below(torch.tensor([tokens.inputs]))
-        where = (torch.tensor([0]), torch.tensor([0]))
-        before, kept = upper.logits(hidden, where), hidden.clone()
+        hidden = upper.below([tokens.inputs])
+        before, kept = upper.logits(hidden, [tokens]), hidden.clone()
         search_scale(upper, hidden, tokens, editor(capture(upper, hidden, [tokens])).rows_of(upper.targets, 0))
-        assert torch.equal(upper.logits(hidden, where), before)
+        assert torch.equal(upper.logits(hidden, [tokens]), before)
         assert torch.equal(hidden, kept)
 
 

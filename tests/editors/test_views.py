@@ -7,13 +7,15 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from editors.base_model import BaseModel
-from editors.errors import TargetsError
+from editors.capture import Capture, capture
+from editors.scale import SCALES, search_scale
 from editors.targets import resolve_targets
-from editors.text import pad
+from editors.text import Tokens
 from editors.views import UpperBlocks, edited, view
-from tests.editors.dense import changed, encoded, logits
+from tests.editors.dense import changed, encoded, gradients, logits
 from tests.small import small_llama
 
 IDS = (5, 90, 17, 33, 60, 41)
@@ -70,10 +72,10 @@ class TestUpperBlocks:
     def test_give_what_the_whole_model_gives_for_a_padded_batch(self, base):
         upper = UpperBlocks(base.model, resolve_targets(base.model))
         sequences = encoded(base)
-        hidden = upper.below(pad([tokens.inputs for tokens in sequences], value=77))
+        hidden = upper.below([tokens.inputs for tokens in sequences])
         for row, tokens in enumerate(sequences):
             everywhere = torch.arange(len(tokens.inputs))
-            got = upper.logits(hidden, (torch.full_like(everywhere, row), everywhere))
+            got = upper.logits(hidden, sequences, (torch.full_like(everywhere, row), everywhere))
             torch.testing.assert_close(got, logits(base.model, tokens.inputs), rtol=1e-6, atol=1e-6)
 
     @pytest.mark.parametrize("first", [0, 1, 2, 3])
@@ -83,13 +85,13 @@ class TestUpperBlocks:
         upper = UpperBlocks(model, targets)
         assert (upper.first, len(upper.targets)) == (first, 1)
         places = torch.arange(len(IDS))
-        got = upper.logits(upper.below(torch.tensor([IDS])), (torch.zeros_like(places), places))
+        got = upper.logits(upper.below([IDS]), [Tokens(IDS)], (torch.zeros_like(places), places))
         torch.testing.assert_close(got, logits(model, IDS), rtol=1e-6, atol=1e-6)
 
     def test_read_chosen_positions_in_the_order_asked(self, model):
         upper, expected = UpperBlocks(model, resolve_targets(model)), logits(model, IDS)
-        hidden = upper.below(torch.tensor([IDS]))
-        got = upper.logits(hidden, (torch.tensor([0, 0, 0]), torch.tensor([4, 1, 4])))
+        hidden = upper.below([IDS])
+        got = upper.logits(hidden, [Tokens(IDS)], (torch.tensor([0, 0, 0]), torch.tensor([4, 1, 4])))
         torch.testing.assert_close(got, expected[[4, 1, 4]], rtol=1e-6, atol=1e-6)
 
     def test_name_the_same_weights_in_the_same_order(self, model):
@@ -102,7 +104,7 @@ class TestUpperBlocks:
     def test_leave_the_model_and_its_config_as_they_were(self, model):
         before, config = logits(model, IDS), copy.deepcopy(model.config.to_dict())
         upper = UpperBlocks(model, resolve_targets(model))
-        upper.below(torch.tensor([IDS]))
+        upper.below([IDS])
         assert model.config.to_dict() == config
         assert torch.equal(logits(model, IDS), before)
 
@@ -113,25 +115,87 @@ class TestUpperBlocks:
         for target in targets:
             live.get_parameter(target.name).mul_(1.5)
         places = torch.arange(len(IDS))
-        got = upper.logits(upper.below(torch.tensor([IDS])), (torch.zeros_like(places), places))
+        got = upper.logits(upper.below([IDS]), [Tokens(IDS)], (torch.zeros_like(places), places))
         torch.testing.assert_close(got, logits(live, IDS), rtol=1e-6, atol=1e-6)
         assert not torch.allclose(got, logits(model, IDS))
 
     def test_survive_a_failing_call(self, model):
         upper = UpperBlocks(model, resolve_targets(model))
-        ids, where = torch.tensor([IDS]), (torch.tensor([0]), torch.tensor([5]))
-        expected = upper.logits(upper.below(ids), where)
+        ids, sequences = [IDS], [Tokens(IDS)]
+        expected = upper.logits(upper.below(ids), sequences)
         with pytest.raises(IndexError):
-            upper.below(torch.tensor([[10**6]]))
+            upper.below([[10**6]])
         with pytest.raises(IndexError):
-            upper.logits(upper.below(ids), (torch.tensor([0]), torch.tensor([99])))
-        assert torch.equal(upper.logits(upper.below(ids), where), expected)
+            upper.logits(upper.below(ids), sequences, (torch.tensor([0]), torch.tensor([99])))
+        assert torch.equal(upper.logits(upper.below(ids), sequences), expected)
 
-    def test_refuse_targets_outside_the_stack(self):
-        model = small_llama()
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
-        with pytest.raises(TargetsError, match="lm_head"):
-            UpperBlocks(model, resolve_targets(model, ["lm_head"]))
+
+class TestWhatCannotBeCut:
+    """Then every text passes through the whole model, which is slow and right, and it is said."""
+
+    def test_is_found_out_and_said(self, caplog):
+        model = DepthScaled.of(small_llama())
+        upper = UpperBlocks(model, resolve_targets(model))
+        assert not upper.cached
+        assert upper.why_not == "cut down to its upper blocks, it says something else"
+        assert "every text passes through the whole model" in caplog.text
+
+    def test_may_even_fail_when_it_is_cut(self, caplog):
+        model = Uncuttable.of(small_llama())
+        upper = UpperBlocks(model, resolve_targets(model))
+        assert not upper.cached
+        assert "it cannot be cut down to its upper blocks (four blocks or none)" in upper.why_not
+        assert upper.why_not in caplog.text
+
+    @pytest.mark.parametrize("kind", ["DepthScaled", "Uncuttable"])
+    def test_gives_the_same_logits_captures_and_scales(self, kind):
+        model = globals()[kind].of(small_llama())
+        targets, sequences = resolve_targets(model), [Tokens(IDS, (7, 8)), Tokens((4, 5, 6), (9,))]
+        upper = UpperBlocks(model, targets)
+        states = upper.below([tokens.inputs for tokens in sequences])
+        hidden = upper.batch([row[: len(tokens.inputs)] for row, tokens in zip(states, sequences, strict=True)])
+        rows = capture(upper, hidden, sequences)
+        got = upper.logits(hidden, sequences)
+        expected = torch.cat([logits(model, tokens.inputs)[list(tokens.scored)] for tokens in sequences])
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        for number, tokens in enumerate(sequences):
+            found = gradients(model, targets, tokens)
+            for u, delta, owner, gradient in zip(rows.u, rows.delta, rows.example, found, strict=True):
+                mine = owner == number
+                torch.testing.assert_close(delta[mine].T @ u[mine], gradient, rtol=1e-3, atol=1e-5)
+        search = search_scale(upper, hidden[:1], sequences[0], capture_rows(upper, rows))
+        assert len(search.margins) == len(SCALES)
+
+
+class DepthScaled(LlamaForCausalLM):
+    """A model whose answers depend on how many blocks it has."""
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM) -> LlamaForCausalLM:
+        model.__class__ = cls
+        return model
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * len(self.model.layers)
+        return output
+
+
+class Uncuttable(DepthScaled):
+    """A model that does not run at all with fewer blocks."""
+
+    def forward(self, *args, **kwargs):
+        if len(self.model.layers) != 4:
+            raise ValueError("four blocks or none")
+        return LlamaForCausalLM.forward(self, *args, **kwargs)
+
+
+def capture_rows(upper: UpperBlocks, rows: Capture) -> dict:
+    first = [example == 0 for example in rows.example]
+    return {
+        t.name: (u[mine], -0.01 * delta[mine])
+        for t, u, delta, mine in zip(upper.targets, rows.u, rows.delta, first, strict=True)
+    }
 
 
 class TestEdited:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
@@ -57,7 +56,7 @@ class TestReport:
         kept: list[float] = []
         for example, scale in zip(examples, report.scales, strict=True):
             tokens = encode(base.tokenizer, example.prompt, example.correction)
-            proposal = editor(capture(upper, upper.below(torch.tensor([tokens.inputs])), [tokens]))
+            proposal = editor(capture(upper, upper.below([tokens.inputs]), [tokens]))
             state, live = SumState(editor.targets), view(base.model, [target.name for target in editor.targets])
             state.add(quantise(proposal.rows_of(editor.targets, 0), scale))
             state.write(base.model, live)

@@ -15,7 +15,6 @@ from editors.base_model import BaseModel
 from editors.capture import capture
 from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
 from editors.mend.checkpoint import load_checkpoint, read_card, save_checkpoint, write_card
-from editors.text import pad
 from editors.views import UpperBlocks
 from tests.editors.dense import encoded
 from tests.small import small_base, small_editor
@@ -46,7 +45,7 @@ class TestRoundTrip:
         save_checkpoint(tmp_path, editor, base, {})
         loaded = load_checkpoint(tmp_path, base).editor
         upper, tokens = UpperBlocks(base.model, editor.targets), encoded(base)
-        rows = capture(upper, upper.below(pad([sequence.inputs for sequence in tokens])), tokens)
+        rows = capture(upper, upper.below([sequence.inputs for sequence in tokens]), tokens)
         for mine, theirs in zip(loaded(rows).delta, editor(rows).delta, strict=True):
             assert torch.equal(mine, theirs)
         assert loaded.targets == editor.targets

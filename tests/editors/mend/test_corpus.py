@@ -19,7 +19,7 @@ from tests.editors.dense import logits
 from tests.editors.mend.examples import capitals, data_set, languages
 from tests.small import adding, small_base
 
-SAMPLES = ((5, 9, 40, 41, 42), (7, 8, 99), (12, 13, 14, 15, 16, 17))
+SAMPLES = (Tokens((5, 9, 40, 41, 42)), Tokens((7, 8, 99)), Tokens((12, 13, 14, 15, 16, 17)))
 
 
 def corpus(base: BaseModel, *files: list[Example], samples: tuple = SAMPLES, cache=None) -> Corpus:
@@ -126,7 +126,8 @@ class TestLocality:
         assert {(row, place) for row, place in enumerate(last)} <= set(zip(rows, positions, strict=True))
         assert all(0 <= place <= last[row] for row, place in zip(rows, positions, strict=True))
         upper = UpperBlocks(linear.model, resolve_targets(linear.model))
-        got = upper.logits(source.hidden.batch(batch.locality), (torch.tensor(rows), torch.tensor(positions)))
+        sequences, where = [text.tokens for text in batch.locality], (torch.tensor(rows), torch.tensor(positions))
+        got = upper.logits(source.hidden.batch(batch.locality), sequences, where)
         for row, place, mine in zip(rows, positions, got, strict=True):
             read = batch.locality[row].tokens.prompt[: place + 1]
             torch.testing.assert_close(mine, logits(linear.model, read)[-1], rtol=1e-5, atol=1e-5)
@@ -153,7 +154,7 @@ class TestDraw:
     def test_ends_where_every_example_is_of_one_template(self, linear):
         batch = drawn(corpus(linear, capitals()), "j")
         unrelated = {t.tokens.prompt for t, near in zip(batch.locality, batch.locality_near, strict=True) if not near}
-        assert unrelated == set(SAMPLES)
+        assert unrelated == {tokens.prompt for tokens in SAMPLES}
 
     @pytest.mark.timeout(20)
     def test_ends_with_a_single_example(self, linear):
@@ -181,7 +182,7 @@ class TestHiddenStates:
         batch = source.hidden.batch(texts)
         for row, text in zip(batch, texts, strict=True):
             length = len(text.tokens.inputs)
-            fresh = upper.below(torch.tensor([text.tokens.inputs]))[0]
+            fresh = upper.below([text.tokens.inputs])[0]
             torch.testing.assert_close(row[:length], fresh, rtol=1e-5, atol=1e-6)
             assert not row[length:].any()
 
@@ -190,7 +191,7 @@ class TestHiddenStates:
         edit = source.files[0][0].edit
         prompt = Text(Tokens(edit.tokens.prompt), edit.key)
         assert len(edit.tokens.inputs) > len(prompt.tokens.inputs)
-        fresh = UpperBlocks(base.model, resolve_targets(base.model)).below(torch.tensor([prompt.tokens.inputs]))
+        fresh = UpperBlocks(base.model, resolve_targets(base.model)).below([prompt.tokens.inputs])
         torch.testing.assert_close(source.hidden.batch([prompt]), fresh, rtol=1e-5, atol=1e-6)
 
     def test_survive_their_folder_bit_for_bit(self, linear, tmp_path):
@@ -224,8 +225,8 @@ class TestOwnSamples:
 
     def test_are_as_many_and_as_long_as_asked_and_begin_with_an_ordinary_word(self, base):
         samples = own_samples(base, 70, seed=1)
-        assert {len(sample) for sample in samples} == {24}
+        assert {len(sample.inputs) for sample in samples} == {24}
         assert len(samples) == 70
-        assert all(base.tokenizer.decode([sample[0]]).strip().isalpha() for sample in samples)
-        assert base.tokenizer.eos_token_id not in {token for sample in samples for token in sample}
+        assert all(base.tokenizer.decode([sample.prompt[0]]).strip().isalpha() for sample in samples)
+        assert base.tokenizer.eos_token_id not in {token for sample in samples for token in sample.prompt}
         assert own_samples(base, 0, seed=1) == []

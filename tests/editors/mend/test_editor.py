@@ -11,7 +11,7 @@ from editors.base_model import BaseModel
 from editors.capture import Capture, capture
 from editors.mend.editor import MendEditor, Proposal
 from editors.targets import Target, resolve_targets
-from editors.text import Tokens, pad
+from editors.text import Tokens
 from editors.views import UpperBlocks
 from tests.editors.dense import changed, encoded, loss
 from tests.small import small_editor
@@ -19,7 +19,7 @@ from tests.small import small_editor
 
 def captured(base: BaseModel, targets: tuple[Target, ...], sequences: list[Tokens]) -> Capture:
     upper = UpperBlocks(base.model, targets)
-    return capture(upper, upper.below(pad([tokens.inputs for tokens in sequences])), sequences)
+    return capture(upper, upper.below([tokens.inputs for tokens in sequences]), sequences)
 
 
 def trained(base: BaseModel) -> MendEditor:
@@ -51,7 +51,7 @@ class TestSign:
         proposal = editor(rows)
         for name, members in editor.groups.items():
             for place, member in enumerate(members):
-                layer = torch.full((len(rows.example),), place)
+                layer = torch.full((len(rows.example[member]),), place)
                 u, delta = editor.networks[name](rows.u[member], rows.delta[member], layer)
                 torch.testing.assert_close(proposal.u[member], u)
                 torch.testing.assert_close(proposal.delta[member], -0.01 * delta)
@@ -122,7 +122,7 @@ class TestProposal:
     def test_keeps_every_row_of_every_edit_when_padded(self, base):
         editor, sequences = trained(base), encoded(base)
         proposal = editor(captured(base, editor.targets, sequences))
-        padded = proposal.padded(editor.targets, len(sequences))
+        padded = proposal.padded(editor.targets)
         for edit in range(len(sequences)):
             for name, (u, delta) in proposal.rows_of(editor.targets, edit).items():
                 own_u, own_delta = padded[name][0][edit], padded[name][1][edit]
@@ -134,7 +134,7 @@ class TestProposal:
     @pytest.mark.parametrize("edits", [2, 5])
     def test_gives_an_edit_without_rows_zeros(self, edits):
         target = Target("w.weight", 3, 2, False)
-        proposal = Proposal((torch.ones(3, 3),), (torch.ones(3, 2),), torch.tensor([0, 1, 1]))
-        u, delta = proposal.padded([target], edits)["w.weight"]
+        proposal = Proposal((torch.ones(3, 3),), (torch.ones(3, 2),), (torch.tensor([0, 1, 1]),), edits)
+        u, delta = proposal.padded([target])["w.weight"]
         assert u.sum((1, 2)).tolist() == [3, 6, *[0] * (edits - 2)]
         assert delta.sum((1, 2)).tolist() == [2, 4, *[0] * (edits - 2)]

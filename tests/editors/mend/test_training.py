@@ -22,7 +22,7 @@ from editors.mend.editor import MendEditor
 from editors.mend.recipe import train
 from editors.mend.training import Trainer, TrainingConfig, Validation, _Divergence
 from editors.targets import resolve_targets
-from editors.text import pad
+from editors.text import Tokens
 from editors.views import UpperBlocks
 from tests.editors.dense import changed, logits, loss
 from tests.editors.mend.examples import capitals, data_set, languages
@@ -32,7 +32,7 @@ SMALL = {
     "rank": 4, "steps": 6, "batch": 4, "learning_rate": 1e-3, "warmup": 1,
     "validate_every": 3, "validation_edits": 32, "samples": 4,
 }  # fmt: skip
-SAMPLES = ((5, 9, 40, 41, 42), (7, 8, 99), (12, 13, 14, 15, 16, 17))
+SAMPLES = (Tokens((5, 9, 40, 41, 42)), Tokens((7, 8, 99)), Tokens((12, 13, 14, 15, 16, 17)))
 
 
 def trainer(base: BaseModel, folder: Path, initial: int = 0, **config: object) -> Trainer:
@@ -95,7 +95,7 @@ class TestLoss:
         rng = random.Random(f"{config.seed}-0")
         batch = run.corpus.draw(rng, 5, self_share=0.0, unrelated=config.unrelated)
         edits = [text.tokens for text in batch.edits]
-        captured = capture(upper, upper.below(pad([tokens.inputs for tokens in edits])), edits)
+        captured = capture(upper, upper.below([tokens.inputs for tokens in edits]), edits)
         editor.update_statistics(captured)
         proposal = editor(captured)
         models = [changed(base.model, editor.targets, proposal.rows_of(editor.targets, edit)) for edit in range(5)]
