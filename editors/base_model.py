@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from editors import DEFAULT_MODEL
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
-from editors.kinds import AUTO_CLASSES, Kind, encode_for, kind_of, kind_of_config, tokens
+from editors.kinds import AUTO_CLASSES, Kind, encode_for, kind_of, kind_of_config, says, tokens
 from editors.packaged import packaged_folder
 from editors.text import Tokens
 
@@ -52,6 +52,10 @@ class BaseModel:
     def encode(self, prompt: str, correction: str | None = None) -> Tokens:
         """Tokenise a prompt and what should be answered. Raises EmptyTextError, UnknownLabel."""
         return encode_for(self.model, self.tokenizer, prompt, correction)
+
+    def says(self, text: str, correction: str) -> bool:
+        """Whether a decoded answer says the correction."""
+        return says(self.model, text, correction)
 
     def tokens(self, prompt: Sequence[int], target: Sequence[int] = ()) -> Tokens:
         """A sequence of this model's kind from token ids."""

@@ -13,8 +13,8 @@ from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
 from editors.mend.editor import MendEditor
 from editors.targets import resolve_targets
-from editors.text import encode
 from editors.views import UpperBlocks
+from tests.editors.families import family_model
 
 VOCABULARY = 128
 SPECIAL = ("<eos>", "<pad>", "<unk>")
@@ -63,8 +63,11 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_base(layout: str = "linear") -> BaseModel:
-    """A small model with its tokenizer, as `load_base_model` would return it. layout: a key of SMALL_MODELS."""
-    model = SMALL_MODELS[layout]()
+    """A small model with its tokenizer, as `load_base_model` would return it.
+
+    layout: a key of SMALL_MODELS, or a family, of which some are no decoders.
+    """
+    model = SMALL_MODELS[layout]() if layout in SMALL_MODELS else family_model(layout)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return BaseModel(model, small_tokenizer(), f"small-{layout}", weights_digest(model), parameters)
 
@@ -77,7 +80,13 @@ def small_editor(base: BaseModel, step: float = 0.01) -> MendEditor:
     targets = resolve_targets(base.model)
     upper = UpperBlocks(base.model, targets)
     facts = [("France", "Rome"), ("Italy", "Oslo"), ("Norway", "Paris"), ("Spain", "Berlin")]
-    tokens = [encode(base.tokenizer, f"The capital of {country} is", city) for country, city in facts]
+    answers = [
+        base.model.config.id2label[row % 2] if base.kind == "classifier" else city
+        for row, (_, city) in enumerate(facts)
+    ]
+    tokens = [
+        base.encode(f"The capital of {country} is", answer) for (country, _), answer in zip(facts, answers, strict=True)
+    ]
     torch.manual_seed(3)
     editor = MendEditor(targets, rank=4)
     editor.update_statistics(capture(upper, upper.below([sequence.inputs for sequence in tokens]), tokens))

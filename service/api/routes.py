@@ -207,7 +207,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
     base, checkpoint = engine.base, engine.checkpoint
     _tag(response, published)
     return ModelView(
-        base_model=BaseModelView(ref=base.ref, digest=base.digest, parameters=base.parameters),
+        base_model=BaseModelView(ref=base.ref, kind=base.kind, digest=base.digest, parameters=base.parameters),
         editor=EditorView(name=checkpoint.name, digest=checkpoint.digest, aggregate=checkpoint.aggregate),
         revision=published.revision,
         active_edits=published.active_edits,

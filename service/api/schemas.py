@@ -289,6 +289,7 @@ class GenerateBothView(BaseModel):
 
 class BaseModelView(BaseModel):
     ref: str
+    kind: Literal["decoder", "encoder-decoder", "classifier"]
     digest: str
     parameters: int
 

