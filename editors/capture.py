@@ -24,13 +24,13 @@ class Capture:
     """Captured rows of a batch of examples, padding removed.
 
     u, delta: one tensor per target, (rows, d_in) and (rows, d_out), float32.
-    example: (rows,) int64, the example that each row belongs to.
+    example: one tensor per target, (rows,) int64, the example that each row belongs to, in ascending order.
     loss: (examples,) float32, in nats per token.
     """
 
     u: tuple[Tensor, ...]
     delta: tuple[Tensor, ...]
-    example: Tensor
+    example: tuple[Tensor, ...]
     loss: Tensor
 
 
@@ -83,6 +83,6 @@ def capture(upper: UpperBlocks, hidden: Tensor, sequences: Sequence[Tokens]) -> 
     return Capture(
         u=tuple(inputs[target.name].reshape(-1, target.d_in)[kept].float() for target in upper.targets),
         delta=tuple(g.reshape(-1, g.shape[-1])[kept].float() for g in gradients),
-        example=real.nonzero()[:, 0],
+        example=(real.nonzero()[:, 0],) * len(upper.targets),
         loss=losses.detach(),
     )

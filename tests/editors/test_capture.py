@@ -31,8 +31,9 @@ class TestGradient:
         targets, sequences = resolve_targets(base.model), encoded(base)
         rows = captured(base, sequences)
         for example, tokens in enumerate(sequences):
-            mine = rows.example == example
-            for u, delta, expected in zip(rows.u, rows.delta, gradients(base.model, targets, tokens), strict=True):
+            found = zip(rows.u, rows.delta, rows.example, gradients(base.model, targets, tokens), strict=True)
+            for u, delta, owner, expected in found:
+                mine = owner == example
                 assert_same(delta[mine].double().T @ u[mine].double(), expected)
 
     def test_of_an_example_does_not_depend_on_its_neighbours(self, base):
@@ -40,7 +41,7 @@ class TestGradient:
         sequences = encoded(base)
         together = captured(base, sequences)
         for example, tokens in enumerate(sequences):
-            mine, alone = together.example == example, captured(base, [tokens])
+            mine, alone = together.example[0] == example, captured(base, [tokens])
             for u, delta, own_u, own_delta in zip(together.u, together.delta, alone.u, alone.delta, strict=True):
                 assert_same(u[mine], own_u)
                 assert_same(delta[mine], own_delta)
@@ -60,8 +61,9 @@ class TestPadding:
     def test_leaves_no_rows(self, base):
         sequences = encoded(base)
         rows = captured(base, sequences)
-        assert torch.bincount(rows.example).tolist() == [len(tokens.inputs) for tokens in sequences]
-        assert all(len(tensor) == len(rows.example) for tensor in (*rows.u, *rows.delta))
+        for u, delta, owner in zip(rows.u, rows.delta, rows.example, strict=True):
+            assert torch.bincount(owner).tolist() == [len(tokens.inputs) for tokens in sequences]
+            assert len(u) == len(delta) == len(owner)
 
     def test_is_never_scored(self, base):
         sequences = encoded(base)

@@ -76,7 +76,7 @@ def test_captured_rows_are_the_gradient(model):
     upper = UpperBlocks(model, targets)
     rows = capture(upper, upper.below(pad([tokens.inputs for tokens in SEQUENCES])), SEQUENCES)
     for example, tokens in enumerate(SEQUENCES):
-        mine = rows.example == example
+        mine = rows.example[0] == example
         for u, delta, expected in zip(rows.u, rows.delta, gradients(model, targets, tokens), strict=True):
             torch.testing.assert_close(delta[mine].T @ u[mine], expected, rtol=1e-3, atol=1e-5)
 

@@ -10,6 +10,7 @@ import torch
 from editors.base_model import BaseModel
 from editors.capture import Capture, capture
 from editors.mend.editor import MendEditor, Proposal
+from editors.mend.variant import Variant
 from editors.targets import Target, resolve_targets
 from editors.text import Tokens, pad
 from editors.views import UpperBlocks
@@ -51,7 +52,7 @@ class TestSign:
         proposal = editor(rows)
         for name, members in editor.groups.items():
             for place, member in enumerate(members):
-                layer = torch.full((len(rows.example),), place)
+                layer = torch.full((len(rows.example[member]),), place)
                 u, delta = editor.networks[name](rows.u[member], rows.delta[member], layer)
                 torch.testing.assert_close(proposal.u[member], u)
                 torch.testing.assert_close(proposal.delta[member], -0.01 * delta)
@@ -73,7 +74,7 @@ class TestSteps:
         editor, sequences = trained(base), encoded(base)
         expected = editor(captured(base, editor.targets, sequences))
         order = list(range(len(editor.targets)))[::-1]
-        other = MendEditor([editor.targets[m] for m in order], editor.rank)
+        other = MendEditor([editor.targets[m] for m in order], editor.variant)
         state = editor.state_dict()
         state["log_steps"] = state["log_steps"][order]
         for name in state:
@@ -109,7 +110,7 @@ class TestStatistics:
 
     def test_are_over_every_layer_of_a_shape(self, base):
         targets = resolve_targets(base.model)
-        editor, rows = MendEditor(targets, rank=2), captured(base, targets, encoded(base))
+        editor, rows = MendEditor(targets, Variant(rank=2)), captured(base, targets, encoded(base))
         editor.update_statistics(rows)
         for name, members in editor.groups.items():
             # In the last block nothing reads the prompt's earlier tokens, so these carry no gradient.
@@ -122,7 +123,7 @@ class TestProposal:
     def test_keeps_every_row_of_every_edit_when_padded(self, base):
         editor, sequences = trained(base), encoded(base)
         proposal = editor(captured(base, editor.targets, sequences))
-        padded = proposal.padded(editor.targets, len(sequences))
+        padded = proposal.padded(editor.targets)
         for edit in range(len(sequences)):
             for name, (u, delta) in proposal.rows_of(editor.targets, edit).items():
                 own_u, own_delta = padded[name][0][edit], padded[name][1][edit]
@@ -131,10 +132,30 @@ class TestProposal:
                 assert not own_u[len(u) :].any()
                 assert not own_delta[len(u) :].any()
 
+    def test_holds_as_many_rows_per_target_as_its_weight_has_seen(self, base):
+        """As in an encoder-decoder: the encoder's weights see other rows than the decoder's."""
+        editor = trained(base)
+        rows = captured(base, editor.targets, encoded(base))
+        whole = editor(rows)
+        halved = [index % 2 == 0 for index in range(len(editor.targets))]
+
+        def cut(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return tuple(part[::2] if half else part for part, half in zip(parts, halved, strict=True))
+
+        proposal = editor(Capture(cut(rows.u), cut(rows.delta), cut(rows.example), rows.loss))
+        for index, (u, delta) in enumerate(zip(cut(whole.u), cut(whole.delta), strict=True)):
+            torch.testing.assert_close(proposal.u[index], u)
+            torch.testing.assert_close(proposal.delta[index], delta)
+        padded = proposal.padded(editor.targets)
+        for edit in range(proposal.edits):
+            for name, (u, delta) in proposal.rows_of(editor.targets, edit).items():
+                assert torch.equal(padded[name][0][edit, : len(u)], u)
+                assert torch.equal(padded[name][1][edit, : len(u)], delta)
+
     @pytest.mark.parametrize("edits", [2, 5])
     def test_gives_an_edit_without_rows_zeros(self, edits):
         target = Target("w.weight", 3, 2, False)
-        proposal = Proposal((torch.ones(3, 3),), (torch.ones(3, 2),), torch.tensor([0, 1, 1]))
-        u, delta = proposal.padded([target], edits)["w.weight"]
+        proposal = Proposal((torch.ones(3, 3),), (torch.ones(3, 2),), (torch.tensor([0, 1, 1]),), edits)
+        u, delta = proposal.padded([target])["w.weight"]
         assert u.sum((1, 2)).tolist() == [3, 6, *[0] * (edits - 2)]
         assert delta.sum((1, 2)).tolist() == [2, 4, *[0] * (edits - 2)]
