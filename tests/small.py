@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
 from editors.mend.editor import MendEditor
+from editors.mend.variant import Variant
 from editors.targets import resolve_targets
 from editors.views import UpperBlocks
 from tests.editors.families import family_model
@@ -25,6 +26,8 @@ WORDS = (
     "▁English", "▁French", "▁Italian", "▁German",
 )  # fmt: skip
 """One token each; every other word is spelt out, character by character."""
+
+SMALL_VARIANT = Variant(rank=4)
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -72,7 +75,7 @@ def small_base(layout: str = "linear") -> BaseModel:
     return BaseModel(model, small_tokenizer(), f"small-{layout}", weights_digest(model), parameters)
 
 
-def small_editor(base: BaseModel, step: float = 0.01) -> MendEditor:
+def small_editor(base: BaseModel, step: float = 0.01, variant: Variant = SMALL_VARIANT) -> MendEditor:
     """An untrained editor for a small base model, under which most corrections of one token take.
 
     It has seen a few gradients, so its statistics are those of the model.
@@ -88,7 +91,7 @@ def small_editor(base: BaseModel, step: float = 0.01) -> MendEditor:
         base.encode(f"The capital of {country} is", answer) for (country, _), answer in zip(facts, answers, strict=True)
     ]
     torch.manual_seed(3)
-    editor = MendEditor(targets, rank=4)
+    editor = MendEditor(targets, variant)
     editor.update_statistics(capture(upper, upper.below([sequence.inputs for sequence in tokens]), tokens))
     torch.nn.init.constant_(editor.log_steps, math.log(step))
     return editor.requires_grad_(False).eval()

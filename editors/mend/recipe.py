@@ -16,6 +16,7 @@ from editors.mend.checkpoint import save_checkpoint
 from editors.mend.corpus import Corpus, own_samples
 from editors.mend.editor import MendEditor
 from editors.mend.training import Trainer, TrainingConfig, Validation
+from editors.mend.variant import variant_named
 from editors.targets import resolve_targets
 from editors.views import UpperBlocks
 
@@ -47,7 +48,7 @@ def train(
     corpus = Corpus(base, upper, training, samples[: config.samples], cache)
     held_out = Corpus(base, upper, validation, samples[config.samples :], cache)
     torch.manual_seed(config.seed)
-    editor = MendEditor(targets, config.rank).to(base.device)
+    editor = MendEditor(targets, variant_named(config.variant, config.rank)).to(base.device)
     trainer = Trainer(editor, upper, corpus, held_out, config, folder)
     if resume:
         trainer.resume()

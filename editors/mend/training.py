@@ -27,6 +27,7 @@ from editors.capture import capture, target_losses
 from editors.errors import CheckpointNotFound, CheckpointUnreadable, TrainingDiverged
 from editors.mend.corpus import Batch, Corpus, Text, locality_positions
 from editors.mend.editor import MendEditor, Proposal
+from editors.mend.variant import DEFAULT_VARIANT
 from editors.text import scored_positions
 from editors.views import UpperBlocks, edited
 
@@ -38,8 +39,10 @@ class TrainingConfig:
     c_edit, c_neighbour, c_unrelated: weights of the losses. learning_rate: of the networks, warmed up, then
     cosine to a twentieth; the steps' own is `step_learning_rate`, on their logarithm.
     patience: validations without a better score before stopping. precision: of the matrix products in training.
+    variant: a name of `VARIANTS`.
     """
 
+    variant: str = DEFAULT_VARIANT
     rank: int = 512
     steps: int = 3000
     batch: int = 24

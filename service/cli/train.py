@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from editors.mend.variant import DEFAULT_VARIANT, VARIANTS
 from service.cli.options import DEFAULT_BASE_MODEL, BaseModelOption, DeviceOption
 
 
@@ -22,7 +23,8 @@ def train(
     layers: Annotated[list[str], typer.Option(help="Pattern of the layers to edit, instead of the preset.")] = [],  # noqa: B006
     resume: Annotated[bool, typer.Option(help="Go on from training.pt in the folder.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps hidden states between runs.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the editor's networks.")] = 512,
+    variant: Annotated[str, typer.Option(help=f"MEND or an ablation of it: {', '.join(VARIANTS)}.")] = DEFAULT_VARIANT,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the editor's networks.")] = 512,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2400,
     batch: Annotated[int, typer.Option(help="Independent edits in a step.")] = 24,
     c_edit: Annotated[float, typer.Option(help="Weight of the edit loss.")] = 0.2,
@@ -43,11 +45,14 @@ def train(
     from editors.mend.recipe import train as run
     from editors.mend.training import TrainingConfig
 
+    if variant not in VARIANTS:
+        raise typer.BadParameter(f"{variant!r} is none of {', '.join(VARIANTS)}", param_hint="--variant")
     splits = [read_data(path).split(holdout) for path in data]
     held_out = [late for _, late in splits if late.examples] + [read_data(path) for path in validation]
     if not held_out:
         raise DataFileError("training needs examples to validate on: give --validation FILE or --holdout N")
     config = TrainingConfig(
+        variant=variant,
         rank=rank,
         steps=steps,
         batch=batch,

@@ -8,9 +8,8 @@ import pytest
 
 from editors.base_model import BaseModel, weights_digest
 from service.engine import EditRefused, EditRequest, TextTooLong
-from tests.small import small_base
 
-pytestmark = pytest.mark.parametrize("base", ["t5", "bart", "bert"], indirect=True, scope="session")
+pytestmark = pytest.mark.parametrize("base", ["t5", "bart", "bert"], indirect=True)
 COUNTRIES = ("France", "England", "Italy", "Germany", "Spain", "Norway", "Austria")
 
 
@@ -69,8 +68,3 @@ def test_only_a_decoders_answer_needs_room_behind_the_prompt(engine):
     if positions:
         with pytest.raises(TextTooLong):
             engine.generate(words + " the", 1)
-
-
-@pytest.fixture(scope="session")
-def base(request: pytest.FixtureRequest) -> BaseModel:
-    return small_base(request.param)

@@ -21,6 +21,7 @@ from editors.mend.corpus import Corpus, locality_positions
 from editors.mend.editor import MendEditor
 from editors.mend.recipe import train
 from editors.mend.training import Trainer, TrainingConfig, Validation, _Divergence
+from editors.mend.variant import VARIANTS, variant_named
 from editors.targets import resolve_targets
 from editors.text import Tokens
 from editors.views import UpperBlocks
@@ -42,8 +43,9 @@ def trainer(base: BaseModel, folder: Path, initial: int = 0, **config: object) -
     corpus = Corpus(base, upper, [data_set(capitals(2)[:5]), data_set(languages()[:5])], SAMPLES)
     held_out = Corpus(base, upper, [data_set(capitals(2)[5:]), data_set(languages()[5:])], SAMPLES)
     torch.manual_seed(initial)
-    editor = MendEditor(targets, int(config.get("rank", 4)))
-    return Trainer(editor, upper, corpus, held_out, TrainingConfig(**(SMALL | config)), folder)
+    whole = TrainingConfig(**(SMALL | config))
+    editor = MendEditor(targets, variant_named(whole.variant, whole.rank))
+    return Trainer(editor, upper, corpus, held_out, whole, folder)
 
 
 def nothing(_figures: object) -> None:
@@ -125,8 +127,9 @@ class TestLoss:
         torch.testing.assert_close(_Divergence.apply(edited, base), expected)
         assert torch.autograd.gradcheck(lambda logits: _Divergence.apply(logits, base), (edited,))
 
-    def test_reaches_every_parameter_of_the_editor(self, base, tmp_path):
-        run = trainer(base, tmp_path)
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_reaches_every_parameter_of_the_editor(self, base, tmp_path, variant):
+        run = trainer(base, tmp_path, variant=variant)
         run.calibrate()
         before = {name: parameter.detach().clone() for name, parameter in run.editor.named_parameters()}
         for run.progress.step in range(2):
@@ -361,7 +364,7 @@ class TestRecipe:
         card = json.loads((folder / "card.json").read_text())
         assert card["validation"] == dataclasses.asdict(figures)
         assert card["command"] == "mend train --data all.json"
-        assert card["config"]["rank"] == checkpoint.editor.rank == 4
+        assert card["config"]["rank"] == checkpoint.editor.variant.rank == 4
         assert card["step"] == 3
         assert [(entry["name"], entry["examples"]) for entry in card["training_data"]] == [("all.json", 8)]
         assert [(entry["name"], entry["examples"]) for entry in card["validation_data"]] == [("all.json", 6)]
