@@ -12,6 +12,8 @@
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
     ├── TrainingDiverged            NaN or infinity in a loss; the last good checkpoint is kept
+    ├── NothingToExport             an adapter of no edits
+    ├── ExportUnwritable            the disk is full, or the folder cannot be written
     └── StateError                  the exact state cannot take these factors
         ├── FactorsCorrupt          bytes that are not the factors they claim to be
         └── StateOverflow           outside the grid of the accumulators
@@ -85,6 +87,14 @@ class EmptyTextError(EditorsError):
 
 class TrainingDiverged(EditorsError):
     code = "training_diverged"
+
+
+class NothingToExport(EditorsError):
+    code = "nothing_to_export"
+
+
+class ExportUnwritable(EditorsError):
+    code = "export_unwritable"
 
 
 class StateError(EditorsError):

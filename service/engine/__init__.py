@@ -13,6 +13,7 @@ from service.engine.errors import (
     RevisionMismatch,
     TextTooLong,
 )
+from service.engine.export import ExportFormat
 from service.engine.guard import read_guard_prompts
 from service.engine.requests import EditRequest, Limits, Outcome, Published
 
@@ -25,6 +26,7 @@ __all__ = [
     "EditRequest",
     "Engine",
     "EngineError",
+    "ExportFormat",
     "Limits",
     "NotReady",
     "Outcome",
