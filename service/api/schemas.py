@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from service.engine import ExportFormat, Outcome, Published
+from editors.formats import ExportFormat
+from service.engine import Outcome, Published
 from service.engine.history import Edit
 
 MAX_TEXT = 100_000

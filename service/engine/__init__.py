@@ -13,7 +13,6 @@ from service.engine.errors import (
     RevisionMismatch,
     TextTooLong,
 )
-from service.engine.export import ExportFormat
 from service.engine.guard import read_guard_prompts
 from service.engine.requests import EditRequest, Limits, Outcome, Published
 
@@ -26,7 +25,6 @@ __all__ = [
     "EditRequest",
     "Engine",
     "EngineError",
-    "ExportFormat",
     "Limits",
     "NotReady",
     "Outcome",

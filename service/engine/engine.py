@@ -22,6 +22,7 @@ from editors.base_model import BaseModel
 from editors.decoding import Generation, Sampling, generate
 from editors.errors import EmptyTextError, StateError
 from editors.factors import Factors, digest
+from editors.formats import ExportFormat
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import SCALES
 from editors.state import SumState
@@ -36,7 +37,7 @@ from service.engine.errors import (
     RevisionMismatch,
     TextTooLong,
 )
-from service.engine.export import ExportFormat, Snapshot, write_export
+from service.engine.export import Snapshot, write_export
 from service.engine.gate import Gate
 from service.engine.guard import Guard
 from service.engine.held import HeldEdits
@@ -100,7 +101,7 @@ class Engine:
 
         Raises NothingToExport, ExportUnwritable, LedgerUnavailable.
         """
-        names = [target.name for target in self.checkpoint.editor.targets] if format == "merged" else []
+        names = [target.name for target in self.checkpoint.editor.targets] if format == ExportFormat.MERGED else []
         with self._gate.reading():
             published = self.published
             weights = {name: self._live.get_parameter(name).detach().to("cpu", copy=True) for name in names}

@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from editors.base_model import BaseModel
 from editors.export import write_factors, write_index, write_lora, write_merged
 from editors.factors import Factors
+from editors.formats import INDEX, ExportFormat
 from editors.mend.checkpoint import Checkpoint
 from service.engine.history import Edit
 from service.engine.requests import Published
 from service.ledger import RedisLedger
-
-ExportFormat = Literal["lora", "merged", "factors"]
-INDEX = "edits.json"
-"""In every export: what it is, of which state, and the edits that are in it."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,12 @@ def write_export(
     edits = [_described(edit) for edit in snapshot.edits]
     facts: dict[str, Any] = {}
     match format:
-        case "lora":
+        case ExportFormat.LORA:
             factors = [Factors.from_bytes(raw) for _, raw in stored]
             facts = write_lora(base, checkpoint.editor.targets, factors, folder)
-        case "merged":
+        case ExportFormat.MERGED:
             facts = write_merged(base, snapshot.weights, folder)
-        case "factors":
+        case ExportFormat.FACTORS:
             files = write_factors(stored, folder)
             edits = [{**edit, **file} for edit, file in zip(edits, files, strict=True)]
     index = {

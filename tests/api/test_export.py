@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from editors.base_model import weights_digest
 from editors.factors import Factors
+from editors.formats import INDEX, ExportFormat
 from editors.state import SumState
 from service.api.archive import PIECE_BYTES, ArchiveResponse, archived
 from tests.api.answers import assert_problem
 from tests.api.conftest import engine_of
-
-FORMATS = ("lora", "merged", "factors")
 
 
 @pytest.fixture
@@ -38,16 +37,16 @@ def opened(answer) -> zipfile.ZipFile:
     return archive
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ExportFormat)
 class TestDownload:
     def test_is_a_plain_zip_of_the_revision_in_its_tag(self, client, bodies, format):
         made = client.post("/edits", json=bodies[0]).json()
         answer = client.get("/export", params={"format": format})
         archive = opened(answer)
-        index = json.loads(archive.read("edits.json"))
+        index = json.loads(archive.read(INDEX))
         assert (index["format"], index["revision"], index["digest"]) == (format, made["revision"], made["digest"])
         assert [edit["id"] for edit in index["edits"]] == [made["id"]]
-        assert {*archive.namelist()} == {*index["files"], "edits.json"}
+        assert {*archive.namelist()} == {*index["files"], INDEX}
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
         assert answer.headers["etag"] == f'"{made["revision"]}"'
         assert answer.headers["content-type"] == "application/zip"
@@ -79,7 +78,7 @@ class TestContents:
             client.post("/edits", json=body)
         archive = opened(client.get("/export?format=factors"))
         state = SumState(engine_of(client).checkpoint.editor.targets)
-        for edit in json.loads(archive.read("edits.json"))["edits"]:
+        for edit in json.loads(archive.read(INDEX))["edits"]:
             state.add(Factors.from_bytes(archive.read(edit["file"])))
         assert state.edits == 3
         assert state.digest() == client.get("/revision").json()["digest"]
@@ -87,7 +86,7 @@ class TestContents:
     def test_without_edits_are_the_base_model_and_no_factors(self, client, tmp_path):
         opened(client.get("/export?format=merged")).extractall(tmp_path)
         assert weights_digest(AutoModelForCausalLM.from_pretrained(tmp_path)) == engine_of(client).base.digest
-        assert opened(client.get("/export?format=factors")).namelist() == ["edits.json"]
+        assert opened(client.get("/export?format=factors")).namelist() == [INDEX]
 
 
 class TestProblems:
@@ -99,7 +98,7 @@ class TestProblems:
         problem = assert_problem(client.get("/export?format=lora"), "nothing_to_export")
         assert "merged" in problem["detail"]
 
-    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("format", ExportFormat)
     def test_no_room_for_temporary_files(self, client, bodies, format, temporary):
         client.post("/edits", json=bodies[0])
         temporary.rmdir()

@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM
 from editors.base_model import load_base_model, weights_digest
 from editors.errors import NothingToExport
 from editors.factors import Factors, digest
+from editors.formats import INDEX, ExportFormat
 from editors.state import SumState
 from editors.views import view
-from service.engine.export import INDEX
 from service.ledger import LedgerUnavailable
 from tests.service_fixtures import Standing
 
-FORMATS = ("lora", "merged", "factors")
 TOGGLES = 8
 
 
@@ -40,7 +39,7 @@ def state_of(engine, folder: Path) -> SumState:
     return state
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ExportFormat)
 class TestIndex:
     def test_says_what_the_export_is_made_of(self, engine, base, checkpoint, first, second, third, tmp_path, format):
         kept, taken_back, last = (engine.apply(request).applied for request in (first, second, third))
@@ -146,8 +145,8 @@ class TestWhileEditsAreMade:
                 revisions.append(index["revision"])
             return revisions
 
-        with ThreadPoolExecutor(len(FORMATS)) as readers:
-            exporting = [readers.submit(export, format) for format in FORMATS]
+        with ThreadPoolExecutor(len(ExportFormat)) as readers:
+            exporting = [readers.submit(export, format) for format in ExportFormat]
             try:
                 for _ in range(TOGGLES):
                     (edit,) = [edit for edit in engine.history.all_active() if edit.applied.prompt == first.prompt]
@@ -162,7 +161,7 @@ class TestWhileEditsAreMade:
     def test_does_not_wait_for_an_edit_that_is_being_judged(self, engine, first, tmp_path):
         engine.apply(first)
         with engine._writing, ThreadPoolExecutor(1) as other:
-            for format in FORMATS:
+            for format in ExportFormat:
                 other.submit(engine.export, format, tmp_path / format).result(timeout=60)
 
     def test_leaves_out_what_is_recorded_but_not_yet_live(self, engine, first, second):
