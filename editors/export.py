@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from editors import DEFAULT_MODEL
 from editors.base_model import BaseModel
 from editors.errors import ExportUnwritable, NothingToExport
 from editors.factors import Factors, digest
@@ -195,7 +196,11 @@ def _rank_warning(rank: int) -> str | None:
 
 
 def _adapter_card(base: BaseModel, edits: int, rank: int) -> str:
-    kind = type(base.model).__name__
+    if base.ref == DEFAULT_MODEL:  # no hub knows it, and its weights are not those of the model that it was made from
+        loading = f"from editors.base_model import load_base_model\n\nbase = load_base_model({base.ref!r}).model"
+    else:
+        kind = type(base.model).__name__
+        loading = f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({base.ref!r})"
     return f"""# LoRA adapter
 
 What {edits} active {"edit does" if edits == 1 else "edits do"} to a base model: rank {rank} at most, scaling 1.
@@ -210,9 +215,8 @@ The adapter is right for these weights alone. In Python, with `peft` 0.21 or new
 
 ```python
 from peft import PeftModel
-from transformers import {kind}
-
-model = PeftModel.from_pretrained({kind}.from_pretrained({base.ref!r}), "this folder")
+{loading}
+model = PeftModel.from_pretrained(base, "this folder")
 ```
 """
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Annotated, Any, BinaryIO, NoReturn
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import typer
 
@@ -108,11 +108,13 @@ def _reason(body: bytes, status: int) -> str:
 
 
 def _unpack(zipped: BinaryIO, folder: Path) -> None:
-    """Raises BadZipFile when it is damaged, would write anywhere else, or is no export."""
+    """Raises BadZipFile when it is damaged, would write anywhere else or more than was sent, or is no export."""
     with ZipFile(zipped) as archive:
-        for name in archive.namelist():
-            if not _inside(folder, name):
-                raise BadZipFile(f"it would write to {name!r}")
+        for entry in archive.infolist():
+            if not _inside(folder, entry.filename):
+                raise BadZipFile(f"it would write to {entry.filename!r}")
+            if entry.compress_type != ZIP_STORED:
+                raise BadZipFile(f"{entry.filename!r} in it is compressed")
         archive.extractall(folder)
     try:
         _read_index(folder)
@@ -157,7 +159,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _remove_export(out: Path) -> None:
     """What an earlier export left would mix with the new one: a merged model is not to find an adapter beside it."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):
         for name in [*_read_index(out)["files"], INDEX]:
             if _inside(out, name):
                 (out / name).unlink(missing_ok=True)

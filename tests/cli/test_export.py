@@ -181,9 +181,9 @@ class TestFromTheLedger:
         assert not (tmp_path / "out").exists()
 
 
-def zipped(**files: str) -> bytes:
+def zipped(compression: int = zipfile.ZIP_STORED, **files: str) -> bytes:
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
+    with zipfile.ZipFile(packed, "w", compression) as archive:
         for name, text in files.items():
             archive.writestr(name, text)
     return packed.getvalue()
@@ -236,10 +236,11 @@ class TestWhatIsNoExport:
             (zipped(other="file"), INDEX),
             (zipped(**{INDEX: "[]"}), INDEX),
             (zipped(**{INDEX: "{"}), INDEX),
+            (zipped(zipfile.ZIP_DEFLATED, **{INDEX: index(), "bomb": "0" * 100_000}), "compressed"),
             (zipped(**{INDEX: index(), "../evil": "x"}), "'../evil'"),
             (zipped(**{INDEX: index(), "a/../../../evil": "x"}), "evil"),
         ],
-        ids=["no zip", "cut short", "no index", "another index", "half an index", "outside", "far outside"],
+        ids=["no zip", "cut short", "no index", "another index", "half an index", "bomb", "outside", "far outside"],
     )
     def test_is_refused_and_leaves_nothing(self, body, says, tmp_path):
         with answering(body) as url:

@@ -38,6 +38,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from editors import DEFAULT_MODEL
 from editors.base_model import BaseModel, load_base_model, weights_digest
 from editors.errors import ExportUnwritable, NothingToExport
 from editors.export import LARGEST_RANK, reduce_rank, write_factors, write_index, write_lora, write_merged
@@ -211,14 +212,21 @@ class TestLora:
         edit = some_edit(resolve_targets(base.model), 0, 3)
         assert write_lora(base, resolve_targets(base.model), [edit, edit], tmp_path)["rank"] == 3
 
-    def test_names_its_base_model(self, base, tmp_path):
-        made = Edited.of(base, [1])
-        write_lora(base, made.targets, made.edits, tmp_path)
-        card = (tmp_path / "README.md").read_text()
-        assert base.ref in card
-        assert base.digest in card
-        assert type(base.model).__name__ in card
-        assert config_of(tmp_path)["base_model_name_or_path"] == base.ref
+    def test_comes_with_directions_that_work(self, base, tmp_path):
+        base.model.save_pretrained(tmp_path / "base")
+        made = Edited.of(replace(base, ref=str(tmp_path / "base")), [2])
+        write_lora(made.base, made.targets, made.edits, tmp_path / "adapter")
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert made.base.ref in card
+        assert made.base.digest in card
+        told: dict[str, PeftModel] = {}
+        exec(card.split("```")[1].removeprefix("python").replace("this folder", str(tmp_path / "adapter")), told)
+        torch.testing.assert_close(logits(told["model"].eval()), logits(made.live), rtol=0, atol=1e-4)
+
+    def test_of_the_packaged_model_says_how_to_get_at_it(self, base, tmp_path):
+        made = Edited.of(replace(base, ref=DEFAULT_MODEL), [2])
+        write_lora(made.base, made.targets, made.edits, tmp_path)
+        assert f"load_base_model('{DEFAULT_MODEL}')" in (tmp_path / "README.md").read_text()
 
     def test_finds_its_base_model_by_itself(self, base, tmp_path):
         base.model.save_pretrained(tmp_path / "base")
