@@ -103,7 +103,9 @@ def load_base_model(
             f"{source} lacks the weights of {missing[0]}; fetch the model again", file=str(source)
         )
     digest = weights_digest(model)
-    model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    model.requires_grad_(False).eval().to(device)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies must keep float32
+        parameter.data = parameter.data.to(dtype)
     if model.can_generate():
         # A generation config may carry sampling settings; every call here says for itself how it decodes.
         model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)

@@ -13,6 +13,8 @@
     ├── EmptyTextError              a prompt or correction without tokens
     ├── UnknownLabel                a correction that is none of a classifier's labels
     ├── TrainingDiverged            NaN or infinity in a loss; the last good checkpoint is kept
+    ├── NothingToExport             an adapter of no edits
+    ├── ExportUnwritable            the disk is full, or the folder cannot be written
     └── StateError                  the exact state cannot take these factors
         ├── FactorsCorrupt          bytes that are not the factors they claim to be
         └── StateOverflow           outside the grid of the accumulators
@@ -90,6 +92,14 @@ class UnknownLabel(EditorsError):
 
 class TrainingDiverged(EditorsError):
     code = "training_diverged"
+
+
+class NothingToExport(EditorsError):
+    code = "nothing_to_export"
+
+
+class ExportUnwritable(EditorsError):
+    code = "export_unwritable"
 
 
 class StateError(EditorsError):

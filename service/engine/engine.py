@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from editors.base_model import BaseModel
 from editors.decoding import Generation, Sampling, generate
 from editors.errors import EmptyTextError, StateError
 from editors.factors import Factors, digest
+from editors.formats import ExportFormat
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import SCALES
 from editors.state import SumState
@@ -35,6 +37,7 @@ from service.engine.errors import (
     RevisionMismatch,
     TextTooLong,
 )
+from service.engine.export import Snapshot, write_export
 from service.engine.gate import Gate
 from service.engine.guard import Guard
 from service.engine.held import HeldEdits
@@ -92,6 +95,18 @@ class Engine:
         with self._gate.reading():
             model = self._live if which == "live" else self.base.model
             return generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling), self.published
+
+    def export(self, format: ExportFormat, folder: Path) -> dict[str, Any]:
+        """Write what is live now into an empty folder; returns its index, which names the revision and the state.
+
+        Raises NothingToExport, ExportUnwritable, LedgerUnavailable.
+        """
+        names = [target.name for target in self.checkpoint.editor.targets] if format == ExportFormat.MERGED else []
+        with self._gate.reading():
+            published = self.published
+            weights = {name: self._live.get_parameter(name).detach().to("cpu", copy=True) for name in names}
+        snapshot = Snapshot(published, self.history.active_at(published.revision), weights)
+        return write_export(snapshot, self.base, self.checkpoint, self.ledger, format, folder)
 
     # Writing
 

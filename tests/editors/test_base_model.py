@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from editors import DEFAULT_MODEL
 from editors.base_model import BaseModel, load_base_model, weights_digest
@@ -68,6 +68,16 @@ class TestLoad:
         exact, cast = (load_base_model(str(folder), device="cpu", dtype=d) for d in (torch.float32, torch.bfloat16))
         assert (exact.dtype, cast.dtype) == (torch.float32, torch.bfloat16)
         assert exact.digest == cast.digest == small_base().digest
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_in_half_precision_is_what_transformers_loads(self, folder, dtype):
+        """Position frequencies stay in float32: rounded, they would move every later token."""
+        mine = load_base_model(str(folder), device="cpu", dtype=dtype).model
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        assert {name: tensor.dtype for name, tensor in mine.named_buffers()} == {
+            name: tensor.dtype for name, tensor in theirs.named_buffers()
+        }
+        assert torch.equal(logits(mine, (5, 6, 7)), logits(theirs, (5, 6, 7)))
 
     def test_of_weights_stored_in_half_precision_is_float32_on_a_cpu(self, tmp_path):
         base = small_base()
