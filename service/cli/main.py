@@ -8,6 +8,7 @@ import typer
 
 from editors.errors import EditorsError
 from service.cli.bench import bench
+from service.cli.checkpoint import checkpoint
 from service.cli.evaluate import evaluate
 from service.cli.serve import serve
 from service.cli.train import train
@@ -17,6 +18,7 @@ app.command()(serve)
 app.command()(train)
 app.command()(evaluate)
 app.command()(bench)
+app.add_typer(checkpoint, name="checkpoint")
 
 
 @app.callback()

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from editors.errors import TargetsError
-from editors.targets import Target, block_index, find_blocks, resolve_targets
+from editors.targets import Target, block_index, find_blocks, named_targets, resolve_targets
 from tests.small import small_gpt2, small_llama
 
 
@@ -90,3 +90,19 @@ class TestBlocks:
         stack, _ = find_blocks(model)
         assert block_index(resolve_targets(model), stack) == 1
         assert block_index(resolve_targets(model, [r"\.3\.mlp", r"\.0\.mlp"])[::-1], stack) == 0
+
+
+class TestNames:
+    def test_give_the_weights_in_their_own_order(self, model):
+        found = resolve_targets(model)
+        assert named_targets(model, [target.name for target in found[::-1]]) == found[::-1]
+
+    def test_that_are_no_linear_layers_weights_are_listed(self):
+        wrong = ["model.norm.weight", "model.layers.1.mlp.up_proj", "model.layers.9.mlp.up_proj.weight"]
+        with pytest.raises(TargetsError, match=", ".join(wrong)) as refused:
+            named_targets(small_llama(), ["model.layers.1.mlp.up_proj.weight", *wrong])
+        assert refused.value.facts["layer"] == wrong[0]
+
+    def test_of_a_shared_weight_are_refused(self):
+        with pytest.raises(TargetsError, match="shares its weight"):
+            named_targets(small_llama(), ["lm_head.weight"])
