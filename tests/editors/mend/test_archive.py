@@ -331,8 +331,11 @@ class TestFacts:
 
 class TestSteps:
     def test_come_back_exactly_from_an_export(self):
-        """Every logarithm that training may reach, through the step that an archive keeps of it."""
-        logs = torch.cat([torch.linspace(-20, 3, 4001), 0.3 * torch.randn(2000, generator=torch.manual_seed(0))])
+        """Whatever logarithm training reaches, through the step that an archive keeps of it.
+
+        Near 1 the nearest logarithm's exponential is now and then not the nearest exponential.
+        """
+        logs = torch.cat([torch.linspace(-20, 5, 4001), torch.linspace(-2, 2, 500_000)])
         assert torch.equal(_logarithm(logs.exp()).exp(), logs.exp())
 
 
