@@ -8,6 +8,7 @@ inert placeholders. Both forms of the file are read: zip (since torch 1.6) and t
 from __future__ import annotations
 
 import io
+import pickle
 import pickletools
 import warnings
 import zipfile
@@ -123,6 +124,9 @@ def _zip_imports(file: BinaryIO) -> Iterator[str]:
 
 
 def _legacy_imports(file: BinaryIO) -> Iterator[str]:
+    if file.read(1) != pickle.PROTO:
+        raise ValueError("it begins as neither form of it does")
+    file.seek(0)
     for _ in range(LEGACY_PICKLES):
         yield from _imports(file)
 
