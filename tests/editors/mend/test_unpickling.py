@@ -224,6 +224,7 @@ class TestUnreadable:
             archive.writestr("letter.txt", "hello")
         for raw in (
             b"hello",
+            b"config:\n  a: 1\n",  # would begin with an import, if it were a pickle
             b"# a text\n" * 99,
             bytes(range(256)),
             pickle.dumps([1, 2], protocol=2),
