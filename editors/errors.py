@@ -7,7 +7,10 @@
     ├── CheckpointError             an editor checkpoint cannot be used
     │   ├── CheckpointNotFound
     │   ├── CheckpointUnreadable
-    │   └── BaseModelMismatch       trained for another base model
+    │   ├── BaseModelMismatch       trained for another base model
+    │   ├── ArchiveUnreadable       no archive of the original code, or a damaged one
+    │   ├── ArchiveUnsafe           a file that would run code when it is loaded
+    │   └── ArchiveMismatch         an archive that does not fit its configuration or the base model
     ├── DataFileError               a data file cannot be read (names the record and the field)
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
@@ -72,6 +75,20 @@ class BaseModelMismatch(CheckpointError):
             trained_for=trained_for,
             loaded=loaded,
         )
+
+
+class ArchiveUnreadable(CheckpointError):
+    code = "archive_unreadable"
+
+
+class ArchiveUnsafe(CheckpointError):
+    """The file asks for classes or functions that tensors and plain values do not need. Nothing was imported."""
+
+    code = "archive_unsafe"
+
+
+class ArchiveMismatch(CheckpointError):
+    code = "archive_mismatch"
 
 
 class DataFileError(EditorsError):

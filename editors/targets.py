@@ -155,6 +155,14 @@ def _why_nothing_matches(model: nn.Module, expression: re.Pattern[str]) -> str:
     return f"{start}no linear layer of {type(model).__name__}; its linear layers have names like {example}"
 
 
+def named_targets(model: nn.Module, names: Sequence[str]) -> tuple[Target, ...]:
+    """The weights of these names, in this order. Raises TargetsError naming every one that cannot be edited."""
+    modules = {f"{name}.weight": module for name, module in model.named_modules() if _is_matrix(module)}
+    if wrong := [name for name in names if name not in modules]:
+        raise TargetsError(f"{type(model).__name__} has no linear layer with {', '.join(wrong)}", layer=wrong[0])
+    return tuple(_target(model, name.removesuffix(".weight"), modules[name]) for name in names)
+
+
 def _preset(model: nn.Module) -> str:
     family = getattr(model.config, "model_type", "unknown")
     if family not in MLP_BY_FAMILY:

@@ -193,8 +193,8 @@ def _markdown(card: dict[str, Any]) -> str:
     lines = [
         f"# {card['name']}",
         "",
-        f"A MEND editor (arXiv:2110.11309) for `{base['ref']}`, {len(card['targets'])} weights, rank {card['rank']}: "
-        f"{variant}. Several edits add up by `{card['aggregate']}`.",
+        f"A MEND editor (arXiv:2110.11309) for `{base['ref']}`, {len(card['targets'])} weights: {variant}. "
+        f"Several edits add up by `{card['aggregate']}`.",
         "",
         "| | |",
         "|---|---|",
@@ -207,6 +207,11 @@ def _markdown(card: dict[str, Any]) -> str:
             for entry in card.get(f"{role}_data", [])
         ),
     ]
+    if "imported_from" in card:
+        origin = card["imported_from"]
+        lines += ["", "Imported from an archive of the original code:", "", "| | |", "|---|---|"]
+        lines += [f"| {name.replace('_', ' ')} | {origin[name]} |" for name in ("file", "digest", "made_for", "step")]
+        lines += [f"| {name} | {value:.4g} |" for name, value in origin["val_stats"].items()]
     if "command" in card:
         lines += ["", "Trained by:", "", "```", card["command"], "```"]
     if "validation" in card:

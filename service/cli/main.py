@@ -8,6 +8,7 @@ import typer
 
 from editors.errors import EditorsError
 from service.cli.bench import bench
+from service.cli.checkpoint import checkpoint
 from service.cli.evaluate import evaluate
 from service.cli.export import export
 from service.cli.serve import serve
@@ -19,6 +20,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(bench)
 app.command()(export)
+app.add_typer(checkpoint, name="checkpoint")
 
 
 @app.callback()

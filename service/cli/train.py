@@ -46,7 +46,7 @@ def train(
     from editors.mend.training import TrainingConfig
 
     if variant not in VARIANTS:
-        raise typer.BadParameter(f"{variant!r} is none of {', '.join(VARIANTS)}", param_hint="--variant")
+        sys.exit(f"mend: --variant is {variant!r}, none of {', '.join(VARIANTS)}")
     splits = [read_data(path).split(holdout) for path in data]
     held_out = [late for _, late in splits if late.examples] + [read_data(path) for path in validation]
     if not held_out:
