@@ -8,6 +8,7 @@ import typer
 
 from editors.errors import EditorsError
 from service.cli.bench import bench
+from service.cli.compare import compare
 from service.cli.evaluate import evaluate
 from service.cli.serve import serve
 from service.cli.train import train
@@ -16,6 +17,7 @@ app = typer.Typer(name="mend", no_args_is_help=True, add_completion=False, help=
 app.command()(serve)
 app.command()(train)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(bench)
 
 

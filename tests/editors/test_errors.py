@@ -23,6 +23,7 @@ def test_codes_are_unique_and_stable():
         "EmptyTextError": "empty_text",
         "UnknownLabel": "unknown_label",
         "FactorsCorrupt": "factors_corrupt",
+        "ReportError": "report_error",
         "StateError": "state_error",
         "StateOverflow": "state_overflow",
         "TargetsError": "targets_error",
