@@ -15,6 +15,7 @@
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
     ├── UnknownLabel                a correction that is none of a classifier's labels
+    ├── ReportError                 measurements that cannot be read, compared or drawn
     ├── TrainingDiverged            NaN or infinity in a loss; the last good checkpoint is kept
     ├── NothingToExport             an adapter of no edits
     ├── ExportUnwritable            the disk is full, or the folder cannot be written
@@ -105,6 +106,10 @@ class EmptyTextError(EditorsError):
 
 class UnknownLabel(EditorsError):
     code = "unknown_label"
+
+
+class ReportError(EditorsError):
+    code = "report_error"
 
 
 class TrainingDiverged(EditorsError):

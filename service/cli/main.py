@@ -9,6 +9,7 @@ import typer
 from editors.errors import EditorsError
 from service.cli.bench import bench
 from service.cli.checkpoint import checkpoint
+from service.cli.compare import compare
 from service.cli.evaluate import evaluate
 from service.cli.export import export
 from service.cli.serve import serve
@@ -18,6 +19,7 @@ app = typer.Typer(name="mend", no_args_is_help=True, add_completion=False, help=
 app.command()(serve)
 app.command()(train)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(bench)
 app.command()(export)
 app.add_typer(checkpoint, name="checkpoint")

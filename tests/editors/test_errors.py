@@ -28,6 +28,7 @@ def test_codes_are_unique_and_stable():
         "ExportUnwritable": "export_unwritable",
         "FactorsCorrupt": "factors_corrupt",
         "NothingToExport": "nothing_to_export",
+        "ReportError": "report_error",
         "StateError": "state_error",
         "StateOverflow": "state_overflow",
         "TargetsError": "targets_error",
