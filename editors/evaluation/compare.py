@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from editors.errors import ReportError
-from editors.evaluation.marks import FIGURES
-from editors.evaluation.metrics import Figure, difference, figure
+from editors.evaluation.marks import FIGURES, SCORES
+from editors.evaluation.metrics import Figure, difference, figure, harmonic_difference, perplexity_difference
 
 Entry = Mapping[str, Any]
 """One result of a report."""
@@ -42,7 +42,7 @@ def read_report(path: Path) -> list[Entry]:
     if not isinstance(entries, list) or not entries:
         raise ReportError(f"{path} holds no list of results; write one with mend evaluate --report", file=str(path))
     for entry in entries:
-        missing = {"method", "values", *SAME} - set(entry if isinstance(entry, dict) else ())
+        missing = {"method", "figures", "values", "text_losses", *SAME} - set(entry if isinstance(entry, dict) else ())
         if missing:
             raise ReportError(f"a result in {path} lacks {', '.join(sorted(missing))}; measure it again with "
                               "mend evaluate --report", file=str(path))  # fmt: skip
@@ -74,15 +74,21 @@ def compare(one: Entry, two: Entry) -> list[Comparison]:
         raise ReportError(
             "these reports are of other prompts, although their data and seed are the same; measure again"
         )
-    found = []
+    found, seed = [], one["seed"]
     for name in FIGURES:
         columns = [[values.get(name, []) for values in entry["values"]] for entry in (one, two)]
         if [len(values) for values in columns[0]] != [len(values) for values in columns[1]]:
             continue  # measured in one of them only: another base model, another kind of tokens
         flat = [[value for values in column for value in values] for column in columns]
         if flat[0]:
-            means = [figure(values, one["seed"]).mean for values in flat]
-            found.append(Comparison(name, *means, difference(flat[1], flat[0], one["seed"])))
+            means = [figure(values, seed).mean for values in flat]
+            found.append(Comparison(name, *means, difference(flat[1], flat[0], seed)))
+    ends = [[entry["figures"].get(name, {}).get("mean") for entry in (one, two)] for name in ("S", "perplexity")]
+    if None not in ends[0]:
+        found.append(Comparison("S", *ends[0], harmonic_difference(two["values"], one["values"], SCORES, seed)))
+    if None not in ends[1] and len(one["text_losses"]) == len(two["text_losses"]):
+        apart = perplexity_difference(two["text_losses"], one["text_losses"], seed)
+        found.append(Comparison("perplexity", *ends[1], apart))
     return found
 
 

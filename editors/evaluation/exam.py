@@ -30,8 +30,10 @@ class Exam:
         sequences = [sequence for case in self.cases for sequence in case.sequences.values()]
         states = iter(pristine.below(sequences))
         self._states: list[list[Tensor]] = [[next(states) for _ in case.sequences] for case in self.cases]
-        self._base = self._read(pristine, range(len(self.cases)), None)
-        self.before = self._mark(pristine, range(len(self.cases)), self._base, None, edited=False)
+        everything = range(len(self.cases))
+        found = self._read(pristine, everything, None)
+        self._base = {index: found[index] for index in everything if self.cases[index].wanted is None}
+        self.before = self._mark(pristine, everything, found, None, edited=False)
 
     def mark(self, reader: Reader, edits: Sequence[Factors] | None = None, only: int | None = None) -> list[Values]:
         """Values of each example under the reader's model.

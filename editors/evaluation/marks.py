@@ -70,7 +70,7 @@ def mark_locality(case: Case, base: Mapping[str, Reading], found: Mapping[str, R
     return {
         f"{case.kind}, next token": float(same[0]),
         f"{case.kind}, {ANSWER_TOKENS} tokens": float(all(same)),
-        f"{case.kind}, KL": max(0.0, kl.item()),
+        f"{case.kind}, KL": kl.clamp(min=0).item(),
         "drawdown": drawdown,
         **mark_base(found),
     }

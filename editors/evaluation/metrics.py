@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +33,7 @@ NOTHING = Figure(float("nan"), float("nan"), float("nan"), 0)
 
 def figure(values: Sequence[float], seed: int = 0) -> Figure:
     """Mean and its interval; NaN where there is nothing to average."""
-    if not values:
-        return NOTHING
-    sample = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = sample[rng.integers(len(sample), size=(RESAMPLES, len(sample)))].mean(1)
-    return Figure(float(sample.mean()), *_interval(means), len(sample))
+    return _figure(values, seed, lambda means: means)
 
 
 def difference(ones: Sequence[float], others: Sequence[float], seed: int = 0) -> Figure:
@@ -48,8 +43,22 @@ def difference(ones: Sequence[float], others: Sequence[float], seed: int = 0) ->
 
 def perplexity(losses: Sequence[float], seed: int = 0) -> Figure:
     """exp of the mean of losses in nats per token, of texts of one length each."""
-    loss = figure(losses, seed)
-    return Figure(*np.exp([loss.mean, loss.low, loss.high]).tolist(), loss.count)
+    return _figure(losses, seed, np.exp)
+
+
+def perplexity_difference(ones: Sequence[float], others: Sequence[float], seed: int = 0) -> Figure:
+    """Of the same texts, which are resampled for both alike."""
+    pairs = np.array(list(zip(ones, others, strict=True)))
+    return _figure(pairs, seed, lambda means: np.exp(means[..., 0]) - np.exp(means[..., 1]))
+
+
+def _figure(values: Sequence[float] | np.ndarray, seed: int, of_mean: Callable[[np.ndarray], np.ndarray]) -> Figure:
+    """Of what is worked out from a mean over values, (count,) or (count, columns)."""
+    if not len(values):
+        return NOTHING
+    sample = np.asarray(values, dtype=np.float64)
+    means = sample[_draws(len(sample), seed)].mean(1)
+    return Figure(float(of_mean(sample.mean(0))), *_interval(of_mean(means)), len(sample))
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
@@ -59,23 +68,41 @@ def harmonic_mean(values: Sequence[float]) -> float:
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
-def harmonic(examples: Sequence[Mapping[str, Sequence[float]]], names: Sequence[str], seed: int = 0) -> Figure:
-    """Harmonic mean of several figures, with examples resampled whole.
+Columns = Sequence[Mapping[str, Sequence[float]]]
+"""Per example, its values by the name of their figure."""
 
-    examples: per example its values by the name of their figure. NaN where one of the names has no value at all.
-    """
+
+def harmonic(examples: Columns, names: Sequence[str], seed: int = 0) -> Figure:
+    """Harmonic mean of several figures, with examples resampled whole; NaN where a figure has no value at all."""
+    found = _harmonic_means(examples, names, seed)
+    return NOTHING if found is None else Figure(found[0], *_interval(found[1]), len(examples))
+
+
+def harmonic_difference(ones: Columns, others: Columns, names: Sequence[str], seed: int = 0) -> Figure:
+    """Of two measurements of the same examples, which are resampled for both alike."""
+    one, other = (_harmonic_means(examples, names, seed) for examples in (ones, others))
+    if one is None or other is None:
+        return NOTHING
+    return Figure(one[0] - other[0], *_interval(one[1] - other[1]), len(ones))
+
+
+def _harmonic_means(examples: Columns, names: Sequence[str], seed: int) -> tuple[float, np.ndarray] | None:
+    """Of all examples, and of each resample, (resamples,)."""
     sums = np.array([[sum(example.get(name, ())) for name in names] for example in examples])  # (examples, names)
     counts = np.array([[len(example.get(name, ())) for name in names] for example in examples])
     if not len(examples) or not counts.sum(0).all():
-        return NOTHING
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(examples), size=(RESAMPLES, len(examples)))
+        return None
+    drawn = _draws(len(examples), seed)
     resampled = sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1)  # (resamples, names)
-    means = [harmonic_mean(row) for row in resampled.tolist()]
-    return Figure(harmonic_mean((sums.sum(0) / counts.sum(0)).tolist()), *_interval(means), len(examples))
+    means = np.array([harmonic_mean(row) for row in resampled.tolist()])
+    return harmonic_mean((sums.sum(0) / counts.sum(0)).tolist()), means
 
 
-def _interval(means: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def _draws(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from editors.evaluation.marks import FIGURES, SCORES, Values
@@ -41,7 +42,7 @@ class Report:
         """Of the edits that were applied, where the method has a scale."""
         return [record["scale"] for record in self.records if record.get("scale") is not None]
 
-    @property
+    @cached_property
     def figures(self) -> dict[str, Figure]:
         """By name, under the edits."""
         found = _figures(self.after, self.losses_after, self.seed)
@@ -51,7 +52,7 @@ class Report:
             found |= {f"{name}, {part} tenth": shares[name] for name in TENTHS if name in shares}
         return found
 
-    @property
+    @cached_property
     def figures_before(self) -> dict[str, Figure]:
         """The same on the base model, as far as they say something there."""
         return _figures(self.before, self.losses_before, self.seed)

@@ -17,8 +17,8 @@ from editors.text import Tokens
 
 CHUNK_TOKENS = 128
 """Length of the pieces of a file: each is predicted from its own beginning."""
-MAX_CHUNKS = 64
-OWN_TEXTS = 64
+MAX_CHUNKS = 32
+OWN_TEXTS = 32
 
 
 def read_text(base: BaseModel, path: Path) -> list[Tokens]:

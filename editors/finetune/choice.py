@@ -7,8 +7,9 @@ of efficacy, paraphrase, neighbour and unrelated, so that no figure can be bough
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from editors.evaluation.reader import Reader
 from editors.finetune.method import FineTuning, Recipe
 from editors.mend.corpus import own_samples
 from editors.targets import Target
+from editors.text import Tokens
 from editors.views import view
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
@@ -62,17 +64,20 @@ def choose(
     samples = own_samples(base, KL_SAMPLES, seed) if kl else []
     pristine = Reader(base, view(base.model), targets)
     unrelated = draw_unrelated(usable, seed)
-    exams = [Exam(pristine, [example], [texts], decode=False) for example, texts in zip(usable, unrelated, strict=True)]
+    exam = Exam(pristine, usable, unrelated, decode=False)
     trials: list[Trial] = []
-    label = "ft+kl" if kl else "ft"
-    with tqdm(total=len(learning_rates) * len(usable), desc=f"choosing {label}", unit="run", disable=None) as bar:
+    label = f"choosing {'ft+kl' if kl else 'ft'}"
+    with tqdm(total=len(learning_rates) * len(usable), desc=label, unit="run", disable=None) as bar:
         for rate in learning_rates:
             recipe = Recipe(rate, max(steps), kl)
             tuning = FineTuning(base, targets, recipe, samples, seed=seed)
             reader = Reader(base, tuning.model, targets)
             marks: dict[int, list[Values]] = defaultdict(list)
-            for example, exam in zip(usable, exams, strict=True):
-                for count, values in zip(steps, _trajectory(tuning, reader, example, exam, steps), strict=True):
+            for index, example in enumerate(usable):
+                tuning.reset()
+                tokens = base.encode(example.prompt, example.correction)
+                found = _trajectory(tuning, tokens, steps, partial(_values, exam, reader, index))
+                for count, values in zip(steps, found, strict=True):
                     marks[count].append(values)
                 bar.update()
             trials += [_trial(replace(recipe, steps=count), marks[count]) for count in steps]
@@ -80,18 +85,23 @@ def choose(
     return FineTuning(base, targets, best.recipe, samples, seed=seed), trials
 
 
-def _trajectory(tuning: FineTuning, reader: Reader, example: Example, exam: Exam, steps: Sequence[int]) -> list[Values]:
-    """The example's values after each number of steps; a run that stopped early stays where it was."""
+def _trajectory(
+    tuning: FineTuning, tokens: Tokens, steps: Sequence[int], measure: Callable[[], Values]
+) -> list[Values]:
+    """Values after each number of steps; a run that stopped early stays where it was."""
     found: dict[int, Values] = {}
 
     def look(step: int) -> None:
         if step in steps:
-            found[step] = exam.mark(reader)[0]
+            found[step] = measure()
 
-    tuning.reset()
-    taken = tuning.tune([tuning.base.encode(example.prompt, example.correction)], look)
-    last = found.get(taken) or exam.mark(reader)[0]
+    taken = tuning.tune([tokens], look)
+    last = found.get(taken) or measure()
     return [found[count] if count < taken else last for count in steps]
+
+
+def _values(exam: Exam, reader: Reader, index: int) -> Values:
+    return exam.mark(reader, only=index)[index]
 
 
 def _trial(recipe: Recipe, examples: Sequence[Values]) -> Trial:

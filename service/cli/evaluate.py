@@ -89,6 +89,7 @@ def evaluate(
         }
         tuning = others if held_out is None else held_out
         methods = [(mend, {}), *(_tuned(base, mend, name, tuning, tune, seed) for name in baseline)]
+        typer.echo(f"{file.name}: sha256:{file.digest}, seed {seed}, {about['dtype']}")
         reports: list[Report] = []
         for method, facts in methods:
             for measured in _measured(bench, method, examples, single, batched, accumulated):
