@@ -21,11 +21,16 @@ class Figure:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.low:.3f}–{self.high:.3f})"
+        return f"{shown(self.mean)} ({shown(self.low)}–{shown(self.high)})"
 
     @property
     def clear_of_zero(self) -> bool:
         return self.low > 0 or self.high < 0
+
+
+def shown(value: float) -> str:
+    """Three decimals; perplexities may need an exponent."""
+    return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
 NOTHING = Figure(float("nan"), float("nan"), float("nan"), 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from editors.errors import ReportError
 from editors.evaluation.metrics import Figure
 from editors.evaluation.report import Report
 
-BARS = ("efficacy, greedy", "paraphrase, greedy", "neighbour, next token", "unrelated, next token")
+SHOWN = ("efficacy, greedy", "paraphrase, greedy", "neighbour, next token", "unrelated, next token")
 
 
 def draw_plots(reports: Sequence[Report], folder: Path, name: str) -> list[Path]:
@@ -31,45 +30,59 @@ def draw_plots(reports: Sequence[Report], folder: Path, name: str) -> list[Path]
     written = []
     single = [report for report in reports if report.setting == "single"]
     if single:
-        figure, axes = pyplot.subplots(figsize=(8, 4))
+        figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
         _draw_bars(axes, single)
-        written.append(_save(pyplot, figure, axes, folder / f"{name}-single.png"))
+        written.append(_save(pyplot, figure, folder / f"{name}-single.png"))
     for way in ("batched", "accumulated"):
         counted = [report for report in reports if report.setting.startswith(way)]
         if counted:
-            figure, axes = pyplot.subplots(figsize=(8, 4))
-            _draw_counts(axes, counted, way)
-            written.append(_save(pyplot, figure, axes, folder / f"{name}-{way}.png"))
+            names = _named(counted)
+            size = (3 * len(names), 3.6)
+            figure, panels = pyplot.subplots(
+                1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained"
+            )
+            for axes, shown in zip(panels[0], names, strict=True):
+                _draw_counts(axes, counted + single, shown, way)
+            written.append(_save(pyplot, figure, folder / f"{name}-{way}.png"))
     return written
+
+
+def _named(reports: Sequence[Report]) -> list[str]:
+    """The figures that any of them has."""
+    return [name for name in SHOWN if any(name in report.figures for report in reports)]
 
 
 def _draw_bars(axes: Any, reports: Sequence[Report]) -> None:
     """One group of bars for each figure, one bar for each method."""
-    width = 0.8 / len(reports)
-    names = [name for name in BARS if any(name in report.figures for report in reports)]
+    width, names = 0.8 / len(reports), _named(reports)
     for place, report in enumerate(reports):
-        figures = report.figures
-        shown = [(at, figures[name]) for at, name in enumerate(names) if name in figures]
+        shown = [(at, report.figures[name]) for at, name in enumerate(names) if name in report.figures]
         positions = [at + (place - (len(reports) - 1) / 2) * width for at, _ in shown]
-        means = [value.mean for _, value in shown]
-        axes.bar(positions, means, width, yerr=_errors([value for _, value in shown]), capsize=3, label=report.method)
+        values = [value for _, value in shown]
+        axes.bar(
+            positions, [value.mean for value in values], width, yerr=_errors(values), capsize=3, label=report.method
+        )
     axes.set_xticks(range(len(names)), names)
 
 
-def _draw_counts(axes: Any, reports: Sequence[Report], way: str) -> None:
-    """One line for each figure and method, over the number of edits."""
-    lines: dict[tuple[str, str], list[tuple[int, Figure]]] = defaultdict(list)
+def _draw_counts(axes: Any, reports: Sequence[Report], name: str, way: str) -> None:
+    """One figure over the number of edits, one line for each method; a single edit is one of them."""
+    points: dict[str, list[tuple[int, Figure]]] = defaultdict(list)
     for report in reports:
-        count = int(re.sub(r"\D", "", report.setting))
-        for name, value in report.figures.items():
-            if name in BARS:
-                lines[report.method, name].append((count, value))
-    for (method, name), points in lines.items():
-        points.sort(key=lambda point: point[0])
-        values = [value for _, value in points]
-        means = [value.mean for value in values]
-        axes.errorbar([n for n, _ in points], means, _errors(values), marker="o", capsize=3, label=f"{method}: {name}")
+        if name in report.figures:
+            points[report.method].append((int(report.setting.partition(" ")[2] or 1), report.figures[name]))
+    for method, line in points.items():
+        line.sort(key=lambda point: point[0])
+        values = [value for _, value in line]
+        counts = [count for count, _ in line]
+        axes.errorbar(
+            counts, [value.mean for value in values], _errors(values), marker="o", markersize=4, capsize=3, label=method
+        )
     axes.set_xscale("log")
+    ticks = sorted({count for line in points.values() for count, _ in line})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.set_title(name, fontsize="medium")
     axes.set_xlabel(f"edits, {way}")
 
 
@@ -81,11 +94,12 @@ def _errors(values: Sequence[Figure]) -> list[list[float]]:
     ]
 
 
-def _save(pyplot: Any, figure: Any, axes: Any, path: Path) -> Path:
-    axes.set_ylim(0, 1.05)
-    axes.set_ylabel("fraction, with 95 % intervals")
-    axes.legend(fontsize="small")
-    figure.tight_layout()
+def _save(pyplot: Any, figure: Any, path: Path) -> Path:
+    first = figure.axes[0]
+    first.set_ylim(0, 1.05)
+    first.set_ylabel("fraction, with 95 % intervals")
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from editors.evaluation.marks import FIGURES, SCORES, Values
-from editors.evaluation.metrics import Figure, figure, harmonic, perplexity
+from editors.evaluation.metrics import Figure, figure, harmonic, perplexity, shown
 
 TENTHS = ("efficacy, greedy", "paraphrase, greedy")
 """Figures that are also told of the first and of the last tenth of edits that were made one after another."""
@@ -57,12 +57,26 @@ class Report:
         """The same on the base model, as far as they say something there."""
         return _figures(self.before, self.losses_before, self.seed)
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many corrections were said `already`, and how many were `refused`: no scale would have taught them."""
+        counts = {what: sum(what in record for record in self.records) for what in ("already", "refused")}
+        return {what: count for what, count in counts.items() if count}
+
+    @property
+    def heading(self) -> str:
+        """Such as `100 edits, accumulated 100, by ft` or `600 single edits`."""
+        edits = "single edits" if self.setting == "single" else f"edits, {self.setting}"
+        by = "" if self.method == "mend" else f", by {self.method}"
+        aside = "".join(f", {count} {what}" for what, count in self.left_out.items())
+        return f"{self.examples} {edits}{by}{aside}"
+
     def table(self) -> str:
         """Markdown: one row per figure, with 95 % bootstrap intervals."""
         lines = ["| figure | base | edited (95 %) | prompts |", "|---|---|---|---|"]
         before = self.figures_before
         for name, value in self.figures.items():
-            beside = f"{before[name].mean:.3f}" if name in before else ""
+            beside = shown(before[name].mean) if name in before else ""
             lines.append(f"| {name} | {beside} | {value} | {value.count} |")
         return "\n".join(lines)
 
@@ -80,9 +94,7 @@ class Report:
             found["median_scale"] = sorted(self.scales)[len(self.scales) // 2]
         if self.seconds:
             found["mean_edit_ms"] = round(1000 * statistics.mean(self.seconds), 1)
-        for what in ("already", "refused"):
-            if count := sum(what in record for record in self.records):
-                found[what] = count
+        found |= self.left_out
         if values:
             found["values"] = [
                 {"prompt": record["prompt"], **one} for record, one in zip(self.records, self.after, strict=True)

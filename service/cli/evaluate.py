@@ -93,7 +93,7 @@ def evaluate(
         reports: list[Report] = []
         for method, facts in methods:
             for measured in _measured(bench, method, examples, single, batched, accumulated):
-                heading = f"{file.name}, {measured.examples} {_edits(measured)}"
+                heading = f"{file.name}, {measured.heading}"
                 typer.echo(f"\n{heading}\n\n{measured.table()}\n")
                 reports.append(measured)
                 results.append({**about, **facts, **measured.to_json(), "table": f"{heading}:\n\n{measured.table()}"})
@@ -103,9 +103,15 @@ def evaluate(
     if report:
         report.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if write_card:
-        kept = [r for r in checkpoint.card.get("results", []) if r["data"] not in {f.name for f in files}]
+        again = {_about(result) for result in results}
+        kept = [result for result in checkpoint.card.get("results", []) if _about(result) not in again]
         short = [{key: value for key, value in r.items() if key not in ("values", "text_losses")} for r in results]
         write(editor, {**checkpoint.card, "results": kept + short})
+
+
+def _about(result: dict[str, Any]) -> tuple[str, str, str]:
+    """What a result is of; cards of old know of MEND's single edits alone."""
+    return result["data"], result.get("method", "mend"), result.get("setting", "single")
 
 
 def _chosen(file: DataSet, last: int | None, limit: int | None) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -141,8 +147,3 @@ def _tuned(
     typer.echo(f"{name.value}: learning rate {method.recipe.learning_rate:g}, at most {method.recipe.steps} steps, "
                f"chosen on {len(chosen)} examples")  # fmt: skip
     return method, {"recipe": asdict(method.recipe), "grid": [asdict(trial) for trial in trials]}
-
-
-def _edits(report: Report) -> str:
-    by = "" if report.method == "mend" else f" by {report.method}"
-    return f"{report.setting} edits{by}"

@@ -44,3 +44,4 @@ class TestFigure:
 
     def test_prints_its_interval(self):
         assert str(figure([1.0, 1.0])) == "1.000 (1.000–1.000)"
+        assert str(figure([12345678.0])) == "1.23e+07 (1.23e+07–1.23e+07)"

@@ -242,6 +242,7 @@ class TestAccumulated:
         report = Bench(linear).accumulated(method, [example, said_already(linear)], 2)
         assert report.records[0]["refused"]
         assert report.records[1]["already"]
+        assert report.heading == "2 edits, accumulated 2, 1 already, 1 refused"
         assert (report.to_json()["refused"], report.to_json()["already"], report.scales) == (1, 1, [])
 
     def test_tenths_are_told_apart(self, linear):
