@@ -1,4 +1,4 @@
-"""Plots of reports. matplotlib is an optional dependency (`mend-service[plots]`), imported when a plot is drawn."""
+"""Plots of reports. matplotlib is imported when one is drawn: a server that never draws does without it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from editors.errors import ReportError
 from editors.evaluation.metrics import Figure
 from editors.evaluation.report import Report
 
@@ -17,15 +16,13 @@ SHOWN = ("efficacy, greedy", "paraphrase, greedy", "neighbour, next token", "unr
 def draw_plots(reports: Sequence[Report], folder: Path, name: str) -> list[Path]:
     """PNG files: figures of single edits by method, and figures over the number of edits. name: begins their names.
 
-    Returns what was written. Raises ReportError when matplotlib is not installed.
+    Returns what was written.
     """
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ReportError("plots need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     single = [report for report in reports if report.setting == "single"]

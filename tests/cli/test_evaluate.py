@@ -149,11 +149,6 @@ class TestEvaluate:
         with pytest.raises(SystemExit, match=f"^mend: .*{said}"):
             evaluate(run, "--limit 14", arguments)
 
-    def test_says_that_plots_need_matplotlib(self, run, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(SystemExit, match=r"^mend: plots need matplotlib"):
-            evaluate(run, "--limit", "1", "--plots", "none")
-
 
 class TestCompare:
     def test_puts_two_editors_side_by_side(self, run):
