@@ -9,6 +9,7 @@ import typer
 from editors.errors import EditorsError
 from service.cli.bench import bench
 from service.cli.evaluate import evaluate
+from service.cli.plan import plan
 from service.cli.serve import serve
 from service.cli.train import train
 
@@ -17,6 +18,7 @@ app.command()(serve)
 app.command()(train)
 app.command()(evaluate)
 app.command()(bench)
+app.command()(plan)
 
 
 @app.callback()
