@@ -9,6 +9,7 @@ that all carry a gradient, so every mask is full and every check passes.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -129,8 +130,9 @@ def _moved(operation: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of a tensor; an expanded one is read from what it was expanded from."""
-    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+    """Bytes of a tensor's different values: an expanded one repeats them."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.itemsize * math.prod(size for size, stride in steps if stride)
 
 
 def _answer(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -7,11 +7,13 @@ one its weights are random.
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
@@ -51,10 +53,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model that could be built. name: what it was asked for as."""
+    """A model that could be built.
+
+    name: what it was asked for as. own_head: its output embeddings are not tied, though `config` has forgotten it.
+    """
 
     name: str
     config: PreTrainedConfig
+    own_head: bool = False
 
     def build(self, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
         """A frozen model in evaluation mode, with random weights (or none, on the meta device).
@@ -69,7 +75,10 @@ class Shape:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a configuration may be wrong in as many ways as there are architectures
-            raise BaseModelUnreadable(f"{self.name} cannot be built: {_first_line(error)}", file=self.name) from error
+            raise BaseModelUnreadable(f"{self.name} cannot be built: {_one_line(error)}", file=self.name) from error
+        if self.own_head:
+            head = model.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.detach().clone())
         if kind == "encoder-decoder" and decoding_start(model)[0] is None:
             model.generation_config.decoder_start_token_id = 0  # any will do: there is no text
         return model.eval().requires_grad_(False)
@@ -79,7 +88,7 @@ def read_shape(name: str) -> Shape:
     """Raises BaseModelNotFound, naming what would be known, or BaseModelUnreadable."""
     path = Path(name).expanduser()
     if not path.exists() and name in SHAPES:
-        return Shape(name, _config(name, SHAPES[name]))
+        return _shape(name, name, SHAPES[name])
     path = path / "config.json" if path.is_dir() else path
     try:
         fields = json.loads(path.read_bytes())
@@ -96,27 +105,29 @@ def read_shape(name: str) -> Shape:
         raise BaseModelUnreadable(
             f"{path} does not name a 'model_type', so it is no configuration of a model", file=str(path)
         )
-    return Shape(name, _config(str(path), fields))
+    return _shape(name, str(path), fields)
 
 
-def _config(name: str, fields: dict[str, Any]) -> PreTrainedConfig:
+def _shape(name: str, source: str, fields: dict[str, Any]) -> Shape:
     try:
         family = type(AutoConfig.for_model(fields["model_type"]))
         config = family.from_dict(fields)
     except Exception as error:  # see `build`
-        reason = _first_line(error)
+        reason = _one_line(error)
         if "Unrecognized model identifier" in reason:
             reason = f"transformers does not know the architecture {fields['model_type']!r}"
-        raise BaseModelUnreadable(f"{name} is no configuration that can be used: {reason}", file=name) from error
-    if fields.get("tie_word_embeddings") is False:
-        # T5's configuration forgets it, since a checkpoint's weights would show it.
-        config.tie_word_embeddings = False
-    return config
+        raise BaseModelUnreadable(f"{source} is no configuration that can be used: {reason}", file=source) from error
+    # T5's configuration ties them whatever it is told, since a checkpoint's own weights would show what is true.
+    return Shape(
+        name,
+        config,
+        own_head=fields.get("tie_word_embeddings") is False and getattr(config, "tie_word_embeddings", False),
+    )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
 
 
-TINY = Shape("tiny", _config("tiny", _llama(64, 128, 4, 2, vocab_size=256)))
+TINY = _shape("tiny", "tiny", _llama(64, 128, 4, 2, vocab_size=256))
 """Next to no arithmetic: what it takes is what starting operations takes."""
