@@ -126,7 +126,7 @@ def _times(plan: Plan, machine: Machine) -> Iterable[Row]:
     )
     for name, planned in seconds.items():
         passes = planned / seconds[FORWARD]
-        yield name, _scaled(flops[name], "flop"), _bytes(moved[name]), f"{1000 * planned:.3g}", f"{passes:.2f}"
+        yield name, _scaled(flops[name], "flop"), _bytes(moved[name]), _milliseconds(planned), f"{passes:.2f}"
 
 
 def _compared_memory(plan: Plan, measured: Measured) -> Iterable[Row]:
@@ -146,7 +146,7 @@ def _compared_times(plan: Plan, machine: Machine, measured: Measured) -> Iterabl
         passes, measured_passes = planned[name] / planned[FORWARD], found / seconds[FORWARD]
         yield (
             name,
-            *(f"{1000 * value:.3g}" for value in (planned[name], found)),
+            *map(_milliseconds, (planned[name], found)),
             *(f"{value:.2f}" for value in (passes, measured_passes, measured_passes / passes)),
         )
 
@@ -167,6 +167,10 @@ def _speed(machine: Machine) -> str:
 
 def _table(header: Row, rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds >= 1 else f"{1000 * seconds:.3g}"
 
 
 def _bytes(count: float) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from editors.planning.walk import Workload
 from tests.editors.families import SIZES, VOCABULARY
 
+WORK = Workload(tokens=8, rank=4, batch=3)
 FAMILIES = {"decoder": "llama", "encoder-decoder": "t5", "classifier": "bert"}
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -11,10 +11,8 @@ import torch
 
 from editors.planning.plan import Plan, plan
 from editors.planning.shapes import Shape, read_shape
-from editors.planning.walk import Workload
-from tests.editors.planning.configs import FAMILIES, small_config
+from tests.editors.planning.configs import FAMILIES, WORK, small_config
 
-WORK = Workload(tokens=8, rank=4, batch=3)
 MakeShape = Callable[..., Shape]
 
 

@@ -14,7 +14,7 @@ from editors.planning.measure import _Memory, free_bytes, measure
 from editors.planning.report import EDIT, as_object, tables
 from editors.planning.walk import EditWalk, TrainingWalk
 from editors.targets import resolve_targets
-from tests.editors.planning.conftest import WORK
+from tests.editors.planning.configs import WORK
 
 CPU = torch.device("cpu")
 MIB = 2**20

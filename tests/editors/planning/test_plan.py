@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import psutil
@@ -20,7 +21,7 @@ from editors.planning.walk import EditWalk, TrainingWalk, Workload
 from editors.state import SumState
 from editors.targets import resolve_targets
 from editors.views import view
-from tests.editors.planning.conftest import WORK
+from tests.editors.planning.configs import WORK
 
 
 def nbytes(tensors):
@@ -144,11 +145,16 @@ class TestSteps:
 class TestGrowth:
     """What the paper is about: the editor, and an edit, grow with the width of a weight and not with its size."""
 
-    def test_twice_as_wide_is_four_times_the_weights_and_twice_the_editor(self, make_shape):
-        def plan_of(width: int) -> Plan:
+    @pytest.fixture(scope="class")
+    def plan_of(self, make_shape):
+        @functools.cache
+        def plan_of(width: int, work: Workload = WORK) -> Plan:
             shape = make_shape("decoder", hidden_size=width, intermediate_size=2 * width, head_dim=width // 2)
-            return plan(shape, torch.float32, WORK)
+            return plan(shape, torch.float32, work)
 
+        return plan_of
+
+    def test_twice_as_wide_is_four_times_the_weights_and_twice_the_editor(self, plan_of):
         narrow, wide = plan_of(256), plan_of(512)
         for name in ("live", "candidate", "accumulators", "dense_gradient"):
             assert getattr(wide.held, name) == 4 * getattr(narrow.held, name)
@@ -157,16 +163,16 @@ class TestGrowth:
         assert wide.laps["editor"].flops == 2 * narrow.laps["editor"].flops
         assert wide.laps["add to the state"].flops == 4 * narrow.laps["add to the state"].flops
 
-    def test_twice_the_tokens_are_twice_the_factors(self, make_shape):
-        few, many = (plan(make_shape("decoder"), torch.float32, Workload(n, 4, 3)) for n in (32, 64))
+    def test_twice_the_tokens_are_twice_the_factors(self, plan_of):
+        few, many = plan_of(256), plan_of(256, Workload(2 * WORK.tokens, WORK.rank, WORK.batch))
         assert many.laps["quantise"].quantised_values == 2 * few.laps["quantise"].quantised_values
         assert many.held.serving == few.held.serving
 
-    def test_of_a_batch_concerns_training_alone(self, make_shape):
-        small, large = (plan(make_shape("decoder"), torch.float32, Workload(8, 4, n)) for n in (3, 6))
+    def test_of_a_batch_concerns_training_alone(self, plan_of):
+        small, large = plan_of(256), plan_of(256, Workload(WORK.tokens, WORK.rank, 2 * WORK.batch))
         assert large.edit_peak == small.edit_peak
         assert large.held == small.held
-        assert large.training_peak > 1.5 * small.training_peak - small.held.training
+        assert large.training_peak - large.held.training > 1.5 * (small.training_peak - small.held.training)
 
 
 class TestPeaks:
