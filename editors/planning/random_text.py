@@ -1,80 +1,73 @@
-"""Random texts for a model that has no tokenizer: a text is written as the numbers of its tokens.
-
-All are of one length, so that nothing is padded.
-"""
+"""Random tokens in the place of text: edits, and a corpus of them. All are of one length, so that nothing is padded."""
 
 from __future__ import annotations
 
 import random
-import re
 
 from transformers import PreTrainedModel
 
 from editors.base_model import BaseModel
-from editors.data import DataSet, Example
+from editors.mend.corpus import Batch, HiddenStates, Text
 from editors.text import Tokens
+from editors.views import UpperBlocks
 
 CORRECTION_TOKENS = 2
-EXAMPLES = 4
-"""Of each of two relations; a training step draws from them with repetition."""
-
-
-class _NumberReader(BaseModel):
-    """A base model that reads each number in a text as a token."""
-
-    def encode(self, prompt: str, correction: str | None = None) -> Tokens:
-        return self.tokens(
-            *([int(number) for number in re.findall(r"\d+", text or "")] for text in (prompt, correction))
-        )
+TEXTS = 8
+"""Of a corpus; a training step draws from them with repetition."""
+NEIGHBOURS = 2
 
 
 class RandomTexts:
-    """tokens: how many the model reads for an edit, those of the correction from which something follows included."""
+    """tokens: that the model reads for an edit, those of the correction from which something follows included."""
 
     def __init__(self, model: PreTrainedModel, tokens: int) -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.base: BaseModel = _NumberReader(model, None, "random", "random", parameters)
+        self.base = BaseModel(model, None, "random", "random", parameters)  # needs a tokenizer only for words
         self._random = random.Random(0)
-        classifier = self.base.kind == "classifier"
-        self._answer = (1, model.config.num_labels) if classifier else (CORRECTION_TOKENS, self._words)
+        self._words = model.get_input_embeddings().num_embeddings
         # Only in a decoder does the correction follow the prompt in one text; at its last token nothing is read.
-        self._length = tokens - (CORRECTION_TOKENS - 1 if self.base.kind == "decoder" else 0)
-        self._templates = [self._numbers(self._length - 1, self._words) for _ in range(3)]
+        self._prompt = tokens - (CORRECTION_TOKENS - 1 if self.base.kind == "decoder" else 0)
 
     def edit(self) -> Tokens:
         """A prompt with its correction."""
-        example = self._example(0)
-        return self.base.encode(example.prompt, example.correction)
+        if self.base.kind == "classifier":
+            return self.base.tokens(
+                self._draw(self._prompt), [self._random.randrange(self.base.model.config.num_labels)]
+            )
+        return self.base.tokens(self._draw(self._prompt), self._draw(CORRECTION_TOKENS))
 
-    def unrelated(self) -> Tokens:
-        """A text without a correction, of no relation that the data set knows."""
-        return self.base.encode(self._about(self._subject(), 2))
+    def kept(self) -> Tokens:
+        """A prompt whose answer must not change."""
+        return self.base.tokens(self._draw(self._prompt))
 
-    def data_set(self) -> DataSet:
-        """Two relations, each example with a paraphrase, a neighbour and an unrelated text, as in CounterFact."""
-        examples = tuple(self._example(relation) for relation in (0, 1) for _ in range(EXAMPLES))
-        return DataSet("random", "random", "random", examples, skipped=0)
+    def _draw(self, count: int) -> list[int]:
+        return [self._random.randrange(self._words) for _ in range(count)]
 
-    def _example(self, relation: int) -> Example:
-        subject = self._subject()
-        return Example(
-            prompt=self._about(subject, relation),
-            correction=self._numbers(*self._answer),
-            subject=subject,
-            paraphrases=(self._about(subject, 2),),
-            neighbours=(self._about(self._subject(), relation),),
-            unrelated=(self._about(self._subject(), 2),),
-        )
 
-    def _subject(self) -> str:
-        return f"<{self._numbers(1, self._words)}>"
+class RandomCorpus:
+    """What a trainer asks of a corpus.
 
-    def _about(self, subject: str, relation: int) -> str:
-        return f"{subject} {self._templates[relation]}"
+    Every edit has a paraphrase, two neighbours and as many unrelated texts as are asked for, as with CounterFact.
+    """
 
-    def _numbers(self, count: int, below: int) -> str:
-        return " ".join(str(self._random.randrange(below)) for _ in range(count))
+    def __init__(self, upper: UpperBlocks, texts: RandomTexts) -> None:
+        self.hidden = HiddenStates(upper, texts.base)
+        self._edits = [self._text(texts.edit()) for _ in range(TEXTS)]
+        self._kept = [self._text(texts.kept()) for _ in range(TEXTS)]
+        self.hidden.compute()
 
-    @property
-    def _words(self) -> int:
-        return self.base.model.get_input_embeddings().num_embeddings
+    def _text(self, tokens: Tokens) -> Text:
+        return Text(tokens, self.hidden.key(tokens.inputs))
+
+    def draw(self, rng: random.Random, edits: int, *, self_share: float, unrelated: int) -> Batch:
+        """One step's batch. self_share: of no effect, since one text costs as much as another."""
+        batch = Batch(rng.choices(self._edits, k=edits))
+        for owner in range(edits):
+            batch.targets.append(rng.choice(self._edits))
+            batch.target_owner.append(owner)
+            for near, count in ((True, NEIGHBOURS), (False, unrelated)):
+                batch.locality += rng.choices(self._kept, k=count)
+                batch.locality_owner += [owner] * count
+                batch.locality_weight += [1 / count] * count
+                batch.locality_near += [near] * count
+        return batch

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 
 from editors.capture import Capture, capture
 from editors.factors import Factors, quantise
-from editors.mend.corpus import Corpus
 from editors.mend.editor import MendEditor
 from editors.mend.training import Trainer, TrainingConfig
-from editors.planning.random_text import RandomTexts
+from editors.planning.random_text import RandomCorpus, RandomTexts
 from editors.scale import search_scale
 from editors.state import SumState
 from editors.targets import Target
@@ -129,18 +128,13 @@ class EditWalk:
 
 
 class TrainingWalk:
-    """What training holds beside the base model, and its step: the trainer's own, on random tokens.
-
-    Each edit is judged on a paraphrase and, for locality, on two neighbours and two unrelated texts, as with
-    CounterFact.
-    """
+    """What training holds beside the base model, and its step: the trainer's own, on random tokens."""
 
     def __init__(self, model: PreTrainedModel, targets: Sequence[Target], work: Workload) -> None:
-        texts = RandomTexts(model, work.tokens)
         self.upper = UpperBlocks(model, targets)
-        corpus = Corpus(texts.base, self.upper, [texts.data_set()], [texts.unrelated()])
         self.editor = build_editor(model, targets, work.rank)
-        config = TrainingConfig(rank=work.rank, batch=work.batch, self_share=0.0)
+        corpus = RandomCorpus(self.upper, RandomTexts(model, work.tokens))
+        config = TrainingConfig(rank=work.rank, batch=work.batch)
         self.trainer = _Trainer(self.editor, self.upper, corpus, corpus, config, Path())
 
     def step(self) -> None:

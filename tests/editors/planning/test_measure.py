@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -112,11 +113,13 @@ class TestWalk:
     def test_all_texts_are_as_long_as_the_workload_says(self, make_shape, kind):
         model = make_shape(kind).build(torch.float32, "cpu")
         corpus = TrainingWalk(model, resolve_targets(model), WORK).trainer.corpus
-        items = [item for items in corpus.files for item in items]
-        assert {len(item.edit.tokens.inputs) for item in items} == {WORK.tokens}
-        assert {len(text.tokens.inputs) for item in items for text in item.paraphrases} == {WORK.tokens}
-        assert all(item.template and item.neighbours and item.unrelated for item in items)
-        assert len({item.template for item in items}) == 2
+        batch = corpus.draw(random.Random(0), 3, self_share=0.0, unrelated=2)
+        assert {len(text.tokens.inputs) for text in (*batch.edits, *batch.targets)} == {WORK.tokens}
+        assert {len(text.tokens.inputs) for text in batch.locality} == {WORK.tokens - (kind == "decoder")}
+        assert batch.target_owner == [0, 1, 2]
+        assert batch.locality_owner == [owner for owner in (0, 1, 2) for _ in range(4)]
+        assert batch.locality_near == [True, True, False, False] * 3
+        assert sum(batch.locality_weight) == 6
 
     def test_training_learns(self, make_shape, kind):
         model = make_shape(kind).build(torch.float32, "cpu")

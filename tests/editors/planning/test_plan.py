@@ -142,17 +142,18 @@ class TestSteps:
         assert 2 * planned.laps["quantise"].quantised_values < planned.held.factors
 
 
+@pytest.fixture(scope="module")
+def plan_of(make_shape):
+    @functools.cache
+    def plan_of(width: int, work: Workload = WORK) -> Plan:
+        shape = make_shape("decoder", hidden_size=width, intermediate_size=2 * width, head_dim=width // 2)
+        return plan(shape, torch.float32, work)
+
+    return plan_of
+
+
 class TestGrowth:
     """What the paper is about: the editor, and an edit, grow with the width of a weight and not with its size."""
-
-    @pytest.fixture(scope="class")
-    def plan_of(self, make_shape):
-        @functools.cache
-        def plan_of(width: int, work: Workload = WORK) -> Plan:
-            shape = make_shape("decoder", hidden_size=width, intermediate_size=2 * width, head_dim=width // 2)
-            return plan(shape, torch.float32, work)
-
-        return plan_of
 
     def test_twice_as_wide_is_four_times_the_weights_and_twice_the_editor(self, plan_of):
         narrow, wide = plan_of(256), plan_of(512)
