@@ -135,7 +135,7 @@ class TestSteps:
         extra = {name: laps[name].peak_bytes - laps[name].held_bytes for name in real}
         del real["quantise"]  # the host's
         # Indices are made on the CPU and not planned.
-        assert {name: extra[name] for name in real} == pytest.approx(real, rel=0.02)
+        assert {name: extra[name] for name in real} == pytest.approx(real, rel=0.05)
 
     def test_of_the_host_are_counted_in_values_and_bytes(self, planned):
         assert planned.laps["digest"].digested_bytes == planned.held.accumulators
