@@ -59,9 +59,8 @@ def measure_machine(
 
     flops, bandwidth: taken as they are where they are given, flops for every dtype.
     """
-    dtypes = dict.fromkeys(
-        (dtype, torch.float32, torch.float64)
-    )  # the editor computes in float32, the state in float64
+    # The editor computes in float32, the state in float64.
+    dtypes = dict.fromkeys((dtype, torch.float32, torch.float64))
     state = SumState([Target("sample", SIDE, SIDE, transposed=False)], device)
     rows = {"sample": (torch.randn(16, SIDE), torch.randn(16, SIDE))}
     return Machine(

@@ -103,7 +103,7 @@ def _memory(plan: Plan) -> list[Row]:
         ("candidate copy of them", held.candidate, SQUARE),
         ("exact state, int64", held.accumulators, f"{SQUARE}; not the number of edits"),
         ("editor, float32", held.editor, "rank · (d_in + d_out) of each shape"),
-        ("**serving**", held.serving, ""),
+        ("**serving**, caches of requests aside", held.serving, ""),
         *(
             (f"… and {name}", plan.laps[name].peak_bytes - held.serving, grows)
             for name, grows in LAPS_GROW_WITH.items()

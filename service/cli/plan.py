@@ -63,7 +63,10 @@ def plan(
             "free; leave out --measure, or choose another --dtype, --batch or --device"
         )
     machine = measure_machine(where, chosen, flops, bandwidth)
-    measured = run(shape, chosen, where, work, layers or None, rounds) if measure else None
+    try:
+        measured = run(shape, chosen, where, work, layers or None, rounds) if measure else None
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"mend: {where} ran out of memory with {model}: {str(error).splitlines()[0]}")
     if as_json:
         typer.echo(json.dumps(as_object(planned, machine, measured), indent=2, ensure_ascii=False))
     else:
