@@ -110,7 +110,7 @@ class MendEditor(nn.Module):
         for name, members in self.groups.items():
             counts = [len(capture.u[m]) for m in members]
             place = torch.arange(len(members), device=self.log_steps.device)
-            layer = place.repeat_interleave(torch.tensor(counts, device=place.device))
+            layer = place.repeat_interleave(torch.tensor(counts, device=place.device), output_size=sum(counts))
             new_u, new_delta = self.networks[name](
                 self._rows(capture.u, members), self._rows(capture.delta, members), layer
             )

@@ -12,6 +12,7 @@ from service.cli.checkpoint import checkpoint
 from service.cli.compare import compare
 from service.cli.evaluate import evaluate
 from service.cli.export import export
+from service.cli.plan import plan
 from service.cli.serve import serve
 from service.cli.train import train
 
@@ -23,6 +24,7 @@ app.command()(compare)
 app.command()(bench)
 app.command()(export)
 app.add_typer(checkpoint, name="checkpoint")
+app.command()(plan)
 
 
 @app.callback()
