@@ -12,7 +12,10 @@
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
     ├── UnknownLabel                a correction that is none of a classifier's labels
-    ├── TrainingDiverged            NaN or infinity in a loss; the last good checkpoint is kept
+    ├── TrainingError               a training run cannot begin or go on
+    │   ├── TrainingOptionsInvalid  options that make no sense, alone or together
+    │   ├── ResumeRefused           the run to resume had other options or other data
+    │   └── TrainingDiverged        NaN or infinity in a loss; the last good checkpoint is kept
     └── StateError                  the exact state cannot take these factors
         ├── FactorsCorrupt          bytes that are not the factors they claim to be
         └── StateOverflow           outside the grid of the accumulators
@@ -88,7 +91,19 @@ class UnknownLabel(EditorsError):
     code = "unknown_label"
 
 
-class TrainingDiverged(EditorsError):
+class TrainingError(EditorsError):
+    code = "training_error"
+
+
+class TrainingOptionsInvalid(TrainingError):
+    code = "training_options_invalid"
+
+
+class ResumeRefused(TrainingError):
+    code = "resume_refused"
+
+
+class TrainingDiverged(TrainingError):
     code = "training_diverged"
 
 

@@ -23,10 +23,13 @@ def test_codes_are_unique_and_stable():
         "EmptyTextError": "empty_text",
         "UnknownLabel": "unknown_label",
         "FactorsCorrupt": "factors_corrupt",
+        "ResumeRefused": "resume_refused",
         "StateError": "state_error",
         "StateOverflow": "state_overflow",
         "TargetsError": "targets_error",
         "TrainingDiverged": "training_diverged",
+        "TrainingError": "training_error",
+        "TrainingOptionsInvalid": "training_options_invalid",
     }
 
 

@@ -8,32 +8,20 @@ import random
 import pytest
 import torch
 
-from editors.base_model import BaseModel
-from editors.data import Example
 from editors.errors import DataFileError
-from editors.mend.corpus import Batch, Corpus, Text, locality_positions, own_samples
+from editors.mend.training.corpus import Batch, Corpus, locality_positions
 from editors.targets import resolve_targets
-from editors.text import Tokens, encode
+from editors.text import encode
 from editors.views import UpperBlocks
 from tests.editors.dense import logits
-from tests.editors.mend.examples import capitals, data_set, languages
+from tests.editors.mend.examples import capitals, languages
+from tests.editors.mend.training.runs import SAMPLES, corpus
 from tests.small import adding, small_base
-
-SAMPLES = (Tokens((5, 9, 40, 41, 42)), Tokens((7, 8, 99)), Tokens((12, 13, 14, 15, 16, 17)))
-
-
-def corpus(base: BaseModel, *files: list[Example], samples: tuple = SAMPLES, cache=None) -> Corpus:
-    upper = UpperBlocks(base.model, resolve_targets(base.model))
-    return Corpus(base, upper, [data_set(examples) for examples in files], samples, cache)
 
 
 def drawn(source: Corpus, seed: str, edits: int = 64, self_share: float = 0.0) -> Batch:
-    return source.draw(random.Random(seed), edits, self_share=self_share, unrelated=2)
-
-
-@pytest.fixture(scope="module")
-def linear() -> BaseModel:
-    return small_base()
+    rng = random.Random(seed)
+    return source.draw(rng, source.choose(rng, edits), self_share=self_share, unrelated=2)
 
 
 class TestTargets:
@@ -172,61 +160,3 @@ class TestDraw:
     def test_without_any_example_says_so(self, linear):
         with pytest.raises(DataFileError, match="example"):
             corpus(linear, [])
-
-
-class TestHiddenStates:
-    def test_are_those_of_the_text_alone(self, base):
-        source = corpus(base, capitals(), languages())
-        upper = UpperBlocks(base.model, resolve_targets(base.model))
-        texts = [item.edit for items in source.files for item in items] + source.samples
-        batch = source.hidden.batch(texts)
-        for row, text in zip(batch, texts, strict=True):
-            length = len(text.tokens.inputs)
-            fresh = upper.below([text.tokens.inputs])[0]
-            torch.testing.assert_close(row[:length], fresh, rtol=1e-5, atol=1e-6)
-            assert not row[length:].any()
-
-    def test_of_a_prompt_are_read_from_its_edit(self, base):
-        source = corpus(base, languages())
-        edit = source.files[0][0].edit
-        prompt = Text(Tokens(edit.tokens.prompt), edit.key)
-        assert len(edit.tokens.inputs) > len(prompt.tokens.inputs)
-        fresh = UpperBlocks(base.model, resolve_targets(base.model)).below([prompt.tokens.inputs])
-        torch.testing.assert_close(source.hidden.batch([prompt]), fresh, rtol=1e-5, atol=1e-6)
-
-    def test_survive_their_folder_bit_for_bit(self, linear, tmp_path):
-        def states(source: Corpus) -> torch.Tensor:
-            return source.hidden.batch([item.edit for items in source.files for item in items])
-
-        first = states(corpus(linear, capitals(), cache=tmp_path / "cache"))
-        (kept,) = (tmp_path / "cache").iterdir()
-        stamp = kept.stat().st_mtime_ns
-        assert torch.equal(states(corpus(linear, capitals(), cache=tmp_path / "cache")), first)
-        assert kept.stat().st_mtime_ns == stamp
-        assert torch.equal(states(corpus(linear, capitals())), first)
-
-    def test_of_other_texts_or_another_model_are_kept_apart(self, linear, tmp_path):
-        corpus(linear, capitals(), cache=tmp_path)
-        corpus(linear, languages(), cache=tmp_path)
-        corpus(small_base("conv1d"), capitals(), cache=tmp_path)
-        corpus(dataclasses.replace(linear, digest="sha256:other"), capitals(), cache=tmp_path)
-        assert len(list(tmp_path.glob("*.pt"))) == len(list(tmp_path.iterdir())) == 4
-
-
-class TestOwnSamples:
-    def test_are_a_function_of_the_seed_and_leave_torchs_generator_alone(self, base):
-        torch.manual_seed(5)
-        expected = torch.rand(3)
-        torch.manual_seed(5)
-        one = own_samples(base, 70, seed=1)
-        assert torch.equal(torch.rand(3), expected)
-        assert one == own_samples(base, 70, seed=1)
-        assert one != own_samples(base, 70, seed=2)
-
-    def test_are_as_many_and_as_long_as_asked_and_begin_with_an_ordinary_word(self, base):
-        samples = own_samples(base, 70, seed=1)
-        assert {len(sample.inputs) for sample in samples} == {24}
-        assert len(samples) == 70
-        assert all(base.tokenizer.decode([sample.prompt[0]]).strip().isalpha() for sample in samples)
-        assert base.tokenizer.eos_token_id not in {token for sample in samples for token in sample.prompt}
-        assert own_samples(base, 0, seed=1) == []
