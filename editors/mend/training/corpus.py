@@ -89,6 +89,14 @@ class Corpus:
         self.hidden.compute()
 
     def _text(self, tokens: Tokens) -> Text:
+        limit = getattr(self._base.model.config, "max_position_embeddings", None)
+        length = max(len(tokens.inputs), len(tokens.decoder_inputs))
+        if limit is not None and length > limit:
+            begins = self._base.tokenizer.decode(tokens.prompt[:12])
+            raise DataFileError(
+                f"a text has {length} tokens, more than the {limit} that the model reads: {begins!r} …; shorten it",
+                tokens=length,
+            )
         return Text(tokens, self.hidden.key(tokens.inputs))
 
     def _items(self, examples: Sequence[Example] | Sequence[Passage]) -> list[Item]:

@@ -62,7 +62,8 @@ def read_passages(path: Path, base: BaseModel, *, most: int, tokens: int, seed: 
         raise DataFileError(f"cannot read the text file {path}: {error.strerror}", file=str(path)) from error
     except UnicodeDecodeError as error:
         raise DataFileError(f"{path} is not UTF-8 at byte {error.start}", file=str(path)) from error
-    passages = [passage for line in lines for passage in _passages(line.strip())]
+    # Each once: the same prompt must not be corrected to several things.
+    passages = list(dict.fromkeys(passage for line in lines for passage in _passages(line.strip())))
     if not passages:
         raise DataFileError(f"{path} has no line of at least {SHORTEST} characters", file=str(path))
     rng = random.Random(f"{seed}-passages")

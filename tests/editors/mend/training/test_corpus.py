@@ -13,9 +13,9 @@ from editors.mend.training.corpus import Batch, Corpus, locality_positions
 from editors.targets import resolve_targets
 from editors.text import encode
 from editors.views import UpperBlocks
-from tests.editors.dense import logits
+from tests.editors.dense import logits, predictions
 from tests.editors.mend.examples import capitals, languages
-from tests.editors.mend.training.runs import SAMPLES, corpus
+from tests.editors.mend.training.runs import FAMILIES, SAMPLES, corpus, family_base, files
 from tests.small import adding, small_base
 
 
@@ -72,8 +72,8 @@ class TestTargets:
 class TestLocality:
     def test_never_reads_the_edits_own_prompt(self, linear):
         twice = [dataclasses.replace(example, subject=None, neighbours=()) for example in capitals()[:3]] * 2
-        for files in ([capitals(), languages()], [capitals()], [twice]):
-            batch = drawn(corpus(linear, *files), "d", edits=200)
+        for data in ([capitals(), languages()], [capitals()], [twice]):
+            batch = drawn(corpus(linear, *data), "d", edits=200)
             for text, owner in zip(batch.locality, batch.locality_owner, strict=True):
                 assert text.tokens.prompt != batch.edits[owner].tokens.prompt
 
@@ -160,3 +160,77 @@ class TestDraw:
     def test_without_any_example_says_so(self, linear):
         with pytest.raises(DataFileError, match="example"):
             corpus(linear, [])
+
+    def test_with_a_text_that_the_model_cannot_read_says_so(self):
+        base = family_base("gpt2")
+        long = dataclasses.replace(capitals()[0], prompt="word " * 20)
+        with pytest.raises(DataFileError, match=r"more than the 64 that the model reads: 'word"):
+            corpus(base, [long])
+
+
+class TestGroups:
+    def test_never_have_a_prompt_twice(self, linear):
+        source = corpus(linear, capitals() * 2, languages())
+        chosen = source.choose(random.Random("n"), 60, together=6)
+        for first in range(0, 60, 6):
+            prompts = {item.edit.tokens.prompt for item in chosen[first : first + 6]}
+            assert len(prompts) == 6
+
+    def test_keep_no_text_that_one_of_them_edits(self, linear):
+        source = corpus(linear, capitals(), languages())
+        rng = random.Random("o")
+        chosen = source.choose(rng, 150, together=3)
+        batch = source.draw(rng, chosen, self_share=0.0, unrelated=2, together=3)
+        edited = [item.edit.tokens.prompt for item in chosen]
+        templates = {item.edit.tokens.prompt: item.template for items in source.files for item in items}
+        near = unrelated = 0
+        for text, owner, is_near in zip(batch.locality, batch.locality_owner, batch.locality_near, strict=True):
+            group = edited[owner - owner % 3 :][:3]
+            assert text.tokens.prompt not in group
+            if text.tokens.prompt in templates and not is_near:
+                assert templates[text.tokens.prompt] not in {templates[prompt] for prompt in group}
+                unrelated += 1
+            near += is_near
+        assert near > 20
+        assert unrelated > 5
+
+    def test_of_one_are_what_is_drawn_without_groups(self, linear):
+        source = corpus(linear, capitals(), languages())
+        one, other = random.Random("p"), random.Random("p")
+        assert source.choose(one, 20) == source.choose(other, 20, together=1)
+        chosen = source.choose(one, 20)
+        assert source.choose(other, 20) == chosen
+        drawn_one = source.draw(one, chosen, self_share=0.2, unrelated=2)
+        assert drawn_one == source.draw(other, chosen, self_share=0.2, unrelated=2, together=1)
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_of_an_encoder_decoder_are_kept_whole(self, family):
+        """So that locality is the distribution at every position of what the model itself would say."""
+        base = family_base(family)
+        source = corpus(base, *files(base))
+        batch = drawn(source, "q")
+        own = {text.tokens.prompt for text in source.samples}
+        rows, _ = locality_positions(random.Random(0), batch.locality)
+        assert set(rows) == set(range(len(batch.locality)))
+        for row, text in enumerate(batch.locality):
+            if base.kind != "encoder-decoder":
+                assert text.tokens.target == ()
+            elif text.tokens.prompt not in own:
+                said = predictions(base.model, text.tokens).argmax(-1)
+                assert tuple(said.tolist()) == text.tokens.target
+                assert rows.count(row) == len(text.tokens.target) > 0
+
+
+class TestWithoutLocalityOfItsOwn:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_data_of_one_relation_is_judged_on_what_the_model_itself_says(self, family):
+        base = family_base(family)
+        examples = [dataclasses.replace(example, neighbours=(), unrelated=()) for example in files(base)[0]]
+        if base.kind == "classifier":  # its claims have no template, so that others are unrelated to them
+            examples = examples[:1]
+        source = corpus(base, examples)
+        batch = drawn(source, "r")
+        unrelated = [t for t, near in zip(batch.locality, batch.locality_near, strict=True) if not near]
+        assert {text.tokens.prompt for text in unrelated} == {text.tokens.prompt for text in source.samples}

@@ -8,10 +8,14 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from editors.mend.training.corpus import locality_positions
-from editors.mend.training.objective import Validation, _Divergence
+from editors.mend.training.hidden import Text
+from editors.mend.training.objective import UNRELATED, VALIDATION_BATCH, Validation, _Divergence
+from editors.text import Tokens
 from tests.editors.dense import changed, loss, predictions
 from tests.editors.mend.training.runs import FAMILIES, assert_same_state, family_base, trainer
 
@@ -68,7 +72,58 @@ class TestLosses:
         assert torch.autograd.gradcheck(lambda logits: _Divergence.apply(logits, base), (edited,))
 
 
+class TestProposal:
+    def test_of_edits_that_stand_alone_is_the_editors_own_bit_for_bit(self, base, tmp_path):
+        run = trainer(base, tmp_path)
+        run.calibrate()
+        (micro,) = run._prepare("alone", 1)
+        own, joined = run.editor(micro.captured), run.objective._propose(micro.captured)
+        assert own.edits == joined.edits == 4
+        assert_same_state([own.u, own.delta, own.example], [joined.u, joined.delta, joined.example])
+
+
 class TestValidation:
+    @pytest.mark.parametrize("together", [1, 3])
+    @pytest.mark.parametrize(("family", "step"), [("llama", 0.03), ("t5", 0.01), ("bert", 0.001)])
+    def test_is_that_of_densely_edited_models(self, tmp_path, family, step, together):
+        base = family_base(family)
+        run = trainer(
+            base, tmp_path, batch=6, together=together, validation_edits=VALIDATION_BATCH // together * together
+        )
+        run.calibrate()
+        run.editor.log_steps.data.fill_(math.log(step))  # some of what must not move does
+        got = run.validate()
+
+        rng = random.Random("validation")
+        judged = run._judgement
+        chosen = judged.corpus.choose(rng, run.config.validation_edits, together)
+        batch = judged.corpus.draw(rng, chosen, self_share=0.0, unrelated=UNRELATED, together=together)
+        proposal = run.editor(judged.capture(batch))
+        models = [base.model] * (len(chosen) // together)
+        for edit in range(len(chosen)):
+            rows = proposal.rows_of(run.editor.targets, edit)
+            models[edit // together] = changed(models[edit // together], run.editor.targets, rows)
+
+        def said(model: PreTrainedModel, tokens: Tokens) -> Tensor:
+            scored = [tokens.predicted.index(position) for position in tokens.scored]
+            return predictions(model, tokens)[scored].argmax(-1)
+
+        def right(texts: list[Text], owners: list[int]) -> float:
+            pairs = zip(texts, owners, strict=True)
+            found = [tuple(said(models[o // together], t.tokens).tolist()) == t.tokens.target for t, o in pairs]
+            return sum(found) / len(found)
+
+        assert got.efficacy == right(batch.edits, list(range(len(chosen))))
+        assert got.paraphrase == right(batch.targets, batch.target_owner)
+        kept: dict[bool, list[bool]] = {True: [], False: []}
+        for text, owner, near in zip(batch.locality, batch.locality_owner, batch.locality_near, strict=True):
+            same = said(base.model, text.tokens) == said(models[owner // together], text.tokens)
+            kept[near] += same.tolist()
+        assert got.unrelated == sum(kept[False]) / len(kept[False])
+        assert math.isnan(got.neighbour) if not kept[True] else got.neighbour == sum(kept[True]) / len(kept[True])
+        assert got.efficacy > 0
+        assert got.unrelated < 1
+
     def test_score_is_a_harmonic_mean_of_what_was_measured(self):
         assert Validation(1.0, 0.5, 1.0, 0.5).score == pytest.approx(4 / 6)
         assert Validation(1.0, 0.5, math.nan, 0.5).score == pytest.approx(3 / 5)
