@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from editors import DEFAULT_MODEL
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
-from editors.kinds import AUTO_CLASSES, Kind, encode_for, kind_of, kind_of_config, tokens
+from editors.kinds import AUTO_CLASSES, Kind, encode_for, kind_of, kind_of_config, says, tokens
 from editors.packaged import packaged_folder
 from editors.text import Tokens
 
@@ -52,6 +52,10 @@ class BaseModel:
     def encode(self, prompt: str, correction: str | None = None) -> Tokens:
         """Tokenise a prompt and what should be answered. Raises EmptyTextError, UnknownLabel."""
         return encode_for(self.model, self.tokenizer, prompt, correction)
+
+    def says(self, text: str, correction: str) -> bool:
+        """Whether a decoded answer says the correction."""
+        return says(self.model, text, correction)
 
     def tokens(self, prompt: Sequence[int], target: Sequence[int] = ()) -> Tokens:
         """A sequence of this model's kind from token ids."""
@@ -99,7 +103,9 @@ def load_base_model(
             f"{source} lacks the weights of {missing[0]}; fetch the model again", file=str(source)
         )
     digest = weights_digest(model)
-    model.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    model.requires_grad_(False).eval().to(device)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies must keep float32
+        parameter.data = parameter.data.to(dtype)
     if model.can_generate():
         # A generation config may carry sampling settings; every call here says for itself how it decodes.
         model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)

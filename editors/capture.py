@@ -75,18 +75,20 @@ def capture(upper: UpperBlocks, hidden: Tensor, sequences: Sequence[Tokens]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    real = [_real_rows(upper.rows_seen(target, sequences), hidden.device) for target in upper.targets]
+    lengths = [tuple(upper.rows_seen(target, sequences)) for target in upper.targets]
+    real = {each: _real_rows(each, hidden.device) for each in set(lengths)}
+    example = {each: mask.nonzero()[:, 0] for each, mask in real.items()}
     return Capture(
         # Some architectures (OPT) flatten batch and tokens before their MLP.
         u=tuple(
-            _wide(inputs[target.name].reshape(-1, target.d_in)[mask.flatten()])
-            for target, mask in zip(upper.targets, real, strict=True)
+            _wide(inputs[target.name].reshape(-1, target.d_in)[real[each].flatten()])
+            for target, each in zip(upper.targets, lengths, strict=True)
         ),
         delta=tuple(
-            _wide(gradient.reshape(-1, gradient.shape[-1])[mask.flatten()]) / loss_scale
-            for gradient, mask in zip(gradients, real, strict=True)
+            _wide(gradient.reshape(-1, gradient.shape[-1])[real[each].flatten()]) / loss_scale
+            for gradient, each in zip(gradients, lengths, strict=True)
         ),
-        example=tuple(mask.nonzero()[:, 0] for mask in real),
+        example=tuple(example[each] for each in lengths),
         loss=losses.detach(),
     )
 

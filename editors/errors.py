@@ -7,15 +7,21 @@
     ├── CheckpointError             an editor checkpoint cannot be used
     │   ├── CheckpointNotFound
     │   ├── CheckpointUnreadable
-    │   └── BaseModelMismatch       trained for another base model
+    │   ├── BaseModelMismatch       trained for another base model
+    │   ├── ArchiveUnreadable       no archive of the original code, or a damaged one
+    │   ├── ArchiveUnsafe           a file that would run code when it is loaded
+    │   └── ArchiveMismatch         an archive that does not fit its configuration or the base model
     ├── DataFileError               a data file cannot be read (names the record and the field)
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
     ├── UnknownLabel                a correction that is none of a classifier's labels
+    ├── ReportError                 measurements that cannot be read, compared or drawn
     ├── TrainingError               a training run cannot begin or go on
     │   ├── TrainingOptionsInvalid  options that make no sense, alone or together
     │   ├── ResumeRefused           the run to resume had other options or other data
     │   └── TrainingDiverged        NaN or infinity in a loss; the last good checkpoint is kept
+    ├── NothingToExport             an adapter of no edits
+    ├── ExportUnwritable            the disk is full, or the folder cannot be written
     └── StateError                  the exact state cannot take these factors
         ├── FactorsCorrupt          bytes that are not the factors they claim to be
         └── StateOverflow           outside the grid of the accumulators
@@ -75,6 +81,20 @@ class BaseModelMismatch(CheckpointError):
         )
 
 
+class ArchiveUnreadable(CheckpointError):
+    code = "archive_unreadable"
+
+
+class ArchiveUnsafe(CheckpointError):
+    """The file asks for classes or functions that tensors and plain values do not need. Nothing was imported."""
+
+    code = "archive_unsafe"
+
+
+class ArchiveMismatch(CheckpointError):
+    code = "archive_mismatch"
+
+
 class DataFileError(EditorsError):
     code = "data_file_error"
 
@@ -91,6 +111,10 @@ class UnknownLabel(EditorsError):
     code = "unknown_label"
 
 
+class ReportError(EditorsError):
+    code = "report_error"
+
+
 class TrainingError(EditorsError):
     code = "training_error"
 
@@ -105,6 +129,14 @@ class ResumeRefused(TrainingError):
 
 class TrainingDiverged(TrainingError):
     code = "training_diverged"
+
+
+class NothingToExport(EditorsError):
+    code = "nothing_to_export"
+
+
+class ExportUnwritable(EditorsError):
+    code = "export_unwritable"
 
 
 class StateError(EditorsError):

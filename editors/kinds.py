@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from editors.errors import BaseModelUnreadable, EmptyTextError, UnknownLabel
-from editors.text import LabelledTokens, Seq2SeqTokens, Tokens, encode, encode_answer
+from editors.text import LabelledTokens, Seq2SeqTokens, Tokens, begins_with, encode, encode_answer
 
 Kind = Literal["decoder", "encoder-decoder", "classifier"]
 
@@ -113,3 +113,10 @@ def label_id(model: nn.Module, name: str) -> int:
             field="correction",
             labels=names,
         ) from None
+
+
+def says(model: nn.Module, text: str, correction: str) -> bool:
+    """Whether a decoded answer says the correction; a classifier's label may be called by another of its names."""
+    if kind_of(model) == "classifier":
+        return label_id(model, text) == label_id(model, correction)
+    return begins_with(text, correction)

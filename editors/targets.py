@@ -80,7 +80,7 @@ class Target:
 def find_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The stacks of transformer blocks that may be edited, with their names: the encoder's first, if there are two.
 
-    A stack is the longest ModuleList of its half of the model.
+    A stack is the longest ModuleList of its half of the model, those inside of blocks aside.
     """
     if not model.config.is_encoder_decoder:
         return [_longest_list(model, model)]
@@ -88,8 +88,9 @@ def find_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def _longest_list(model: nn.Module, part: nn.Module) -> tuple[str, nn.ModuleList]:
-    inside = {module for module in part.modules() if isinstance(module, nn.ModuleList)}
-    stacks = [(name, module) for name, module in model.named_modules() if module in inside]
+    lists = {module for module in part.modules() if isinstance(module, nn.ModuleList)}
+    nested = {inner for outer in lists for inner in outer.modules() if inner is not outer}
+    stacks = [(name, module) for name, module in model.named_modules() if module in lists - nested]
     if not stacks:
         raise TargetsError(f"{type(model).__name__} has no stack of blocks, so that there is nothing to edit in it")
     return max(stacks, key=lambda stack: len(stack[1]))
@@ -152,6 +153,14 @@ def _why_nothing_matches(model: nn.Module, expression: re.Pattern[str]) -> str:
             return f"{start}{name}, which fuses the matrices of several experts into one tensor; that cannot be edited"
     example = next((name for name, module in model.named_modules() if _is_matrix(module)), "none")
     return f"{start}no linear layer of {type(model).__name__}; its linear layers have names like {example}"
+
+
+def named_targets(model: nn.Module, names: Sequence[str]) -> tuple[Target, ...]:
+    """The weights of these names, in this order. Raises TargetsError naming every one that cannot be edited."""
+    modules = {f"{name}.weight": module for name, module in model.named_modules() if _is_matrix(module)}
+    if wrong := [name for name in names if name not in modules]:
+        raise TargetsError(f"{type(model).__name__} has no linear layer with {', '.join(wrong)}", layer=wrong[0])
+    return tuple(_target(model, name.removesuffix(".weight"), modules[name]) for name in names)
 
 
 def _preset(model: nn.Module) -> str:

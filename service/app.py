@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 
 import torch
 from fastapi import FastAPI
@@ -30,6 +30,40 @@ logger = logging.getLogger("mend")
 VERSION = "0.1.0"
 WATCH_EVERY_S = 1.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPECTED = (EditorsError, EngineError, LedgerError, OSError, ValueError)
+"""What may keep a service from being opened and says why in one line; anything else is a mistake of ours."""
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
+    """The engine with its ledger replayed, and the embedded Redis if it is on one; all is closed behind it.
+
+    Raises one of EXPECTED.
+    """
+    guard_prompts = read_guard_prompts(settings.guard_prompts)
+    if settings.dtype is not None and settings.dtype not in DTYPES:
+        raise ValueError(f"MEND_DTYPE is {settings.dtype!r}; it must be one of {', '.join(DTYPES)}")
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    _check_device(settings.device)
+    limits = Limits(
+        prompt_tokens=settings.max_prompt_tokens,
+        correction_tokens=settings.max_correction_tokens,
+        new_tokens=settings.max_new_tokens,
+        answer_tokens=settings.answer_tokens,
+        guard_budget=settings.guard_budget,
+    )
+    with ExitStack() as stack:
+        embedded = None
+        if settings.redis_url is None:
+            embedded = stack.enter_context(EmbeddedRedis(settings.data_dir, settings.redis_server))
+        base = load_base_model(settings.base_model, device=settings.device, dtype=dtype)
+        checkpoint = load_checkpoint(settings.editor, base)
+        namespace = f"{base.digest.removeprefix('sha256:')[:12]}:{checkpoint.digest.removeprefix('sha256:')[:12]}"
+        ledger = RedisLedger.connect(embedded.url if embedded else settings.redis_url, namespace)
+        stack.enter_context(closing(ledger))
+        engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
+        engine.catch_up()
+        yield engine, embedded
 
 
 class Service:
@@ -66,49 +100,20 @@ class Service:
         return {"model": loaded, "ledger": "ok" if self._engine else "waiting for the model", **self._trouble}
 
     def _keep(self) -> None:
-        try:
-            engine = self._load()
-        except Exception as error:  # whatever it was: a service that can never be ready has to end
-            known = isinstance(error, (EditorsError, EngineError, LedgerError, OSError, ValueError))
-            self.failure = str(error) if known else f"{type(error).__name__}: {error}"
-            self._close()
-            self._on_failure()
-            return
-        self._engine = engine
-        self._on_ready()
-        while not self._stopping.wait(WATCH_EVERY_S):
-            self._watch(engine)
-        self._close()
-
-    def _load(self) -> Engine:
-        settings = self._settings
-        guard_prompts = read_guard_prompts(settings.guard_prompts)
-        if settings.dtype is not None and settings.dtype not in DTYPES:
-            raise ValueError(f"MEND_DTYPE is {settings.dtype!r}; it must be one of {', '.join(DTYPES)}")
-        dtype = DTYPES[settings.dtype] if settings.dtype else None
-        _check_device(settings.device)
-        url = settings.redis_url
-        if url is None:
-            self._embedded = EmbeddedRedis(settings.data_dir, settings.redis_server)
-            self._embedded.start()
-            url = self._embedded.url
-        base = load_base_model(settings.base_model, device=settings.device, dtype=dtype)
-        checkpoint = load_checkpoint(settings.editor, base)
-        namespace = f"{base.digest.removeprefix('sha256:')[:12]}:{checkpoint.digest.removeprefix('sha256:')[:12]}"
-        limits = Limits(
-            prompt_tokens=settings.max_prompt_tokens,
-            correction_tokens=settings.max_correction_tokens,
-            new_tokens=settings.max_new_tokens,
-            answer_tokens=settings.answer_tokens,
-            guard_budget=settings.guard_budget,
-        )
-        engine = Engine(base, checkpoint, RedisLedger.connect(url, namespace), guard_prompts, limits)
-        engine.catch_up()
-        published = engine.published
-        logger.info(
-            "revision %d, %d active edits, state %s", published.revision, published.active_edits, published.digest
-        )
-        return engine
+        with ExitStack() as stack:
+            try:
+                self._engine, self._embedded = stack.enter_context(opened(self._settings))
+            except Exception as error:  # whatever it was: a service that can never be ready has to end
+                self.failure = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+                self._on_failure()
+                return
+            published = self._engine.published
+            logger.info(
+                "revision %d, %d active edits, state %s", published.revision, published.active_edits, published.digest
+            )
+            self._on_ready()
+            while not self._stopping.wait(WATCH_EVERY_S):
+                self._watch(self._engine)
 
     def _watch(self, engine: Engine) -> None:
         """Bring the embedded Redis back if it died, follow the ledger, and say what is wrong."""
@@ -127,12 +132,6 @@ class Service:
             if not trouble:
                 logger.info("the ledger is back")
         self._trouble = trouble
-
-    def _close(self) -> None:
-        if self._engine is not None:
-            self._engine.ledger.close()
-        if self._embedded is not None:
-            self._embedded.stop()
 
 
 def _check_device(name: str | None) -> None:

@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
 from editors.mend.editor import MendEditor
+from editors.mend.variant import Variant
 from editors.targets import resolve_targets
-from editors.text import encode
 from editors.views import UpperBlocks
+from tests.editors.families import family_model
 
 VOCABULARY = 128
 SPECIAL = ("<eos>", "<pad>", "<unk>")
@@ -25,6 +26,8 @@ WORDS = (
     "▁English", "▁French", "▁Italian", "▁German",
 )  # fmt: skip
 """One token each; every other word is spelt out, character by character."""
+
+SMALL_VARIANT = Variant(rank=4)
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -63,13 +66,16 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_base(layout: str = "linear") -> BaseModel:
-    """A small model with its tokenizer, as `load_base_model` would return it. layout: a key of SMALL_MODELS."""
-    model = SMALL_MODELS[layout]()
+    """A small model with its tokenizer, as `load_base_model` would return it.
+
+    layout: a key of SMALL_MODELS, or a family, of which some are no decoders.
+    """
+    model = SMALL_MODELS[layout]() if layout in SMALL_MODELS else family_model(layout)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return BaseModel(model, small_tokenizer(), f"small-{layout}", weights_digest(model), parameters)
 
 
-def small_editor(base: BaseModel, step: float = 0.01) -> MendEditor:
+def small_editor(base: BaseModel, step: float = 0.01, variant: Variant = SMALL_VARIANT) -> MendEditor:
     """An untrained editor for a small base model, under which most corrections of one token take.
 
     It has seen a few gradients, so its statistics are those of the model.
@@ -77,9 +83,15 @@ def small_editor(base: BaseModel, step: float = 0.01) -> MendEditor:
     targets = resolve_targets(base.model)
     upper = UpperBlocks(base.model, targets)
     facts = [("France", "Rome"), ("Italy", "Oslo"), ("Norway", "Paris"), ("Spain", "Berlin")]
-    tokens = [encode(base.tokenizer, f"The capital of {country} is", city) for country, city in facts]
+    answers = [
+        base.model.config.id2label[row % 2] if base.kind == "classifier" else city
+        for row, (_, city) in enumerate(facts)
+    ]
+    tokens = [
+        base.encode(f"The capital of {country} is", answer) for (country, _), answer in zip(facts, answers, strict=True)
+    ]
     torch.manual_seed(3)
-    editor = MendEditor(targets, rank=4)
+    editor = MendEditor(targets, variant)
     editor.update_statistics(capture(upper, upper.below([sequence.inputs for sequence in tokens]), tokens))
     torch.nn.init.constant_(editor.log_steps, math.log(step))
     return editor.requires_grad_(False).eval()

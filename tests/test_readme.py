@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from editors.targets import MLP_BY_FAMILY
 from service.api.problems import STATUS_BY_CODE
 from service.api.routes import router
 from service.settings import Settings
@@ -26,3 +27,9 @@ def test_names_the_error_code(code):
 @pytest.mark.parametrize("route", [f"{method} {route.path}" for route in router.routes for method in route.methods])
 def test_names_the_route(route):
     assert route in README
+
+
+@pytest.mark.parametrize("family", MLP_BY_FAMILY)
+def test_names_the_family_with_a_tick_per_tested_property(family):
+    (row,) = [line for line in README.splitlines() if line.startswith("|") and f"`{family}`" in line]
+    assert row.count("✓") == 6

@@ -1,7 +1,9 @@
 """A trained editor on disk: a folder with `editor.safetensors` and its card, in JSON and in Markdown.
 
-The card says what the editor was trained for and on, by which command, and what it measured. The networks' matrices
-are stored in float16 (training ends by measuring the stored ones), everything else in float32.
+The card says what the editor was trained for and on, by which command, and what it measured. What gives the tensors
+their meaning (base model, targets, variant, signs) stands in the header of the weights' file too, under its digest.
+The networks' matrices are stored in float16 (training ends by measuring the stored ones) unless the caller wants them
+exact, everything else in float32.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from safetensors.torch import save as save_tensors
 from editors.base_model import BaseModel
 from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
 from editors.mend.editor import MendEditor
+from editors.mend.variant import Variant
 from editors.targets import Target
 
 WEIGHTS = "editor.safetensors"
 CARD = "card.json"
 FORMAT = 1
+STATEMENT = "mend"
+"""Key of the safetensors file's metadata under which it says what its tensors mean."""
 DEFAULT_MARGIN = 2.0
 """Nats; chosen on validation data, where less costs paraphrases and more costs neighbours."""
 
@@ -43,25 +48,31 @@ class Checkpoint:
     card: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, editor: MendEditor, base: BaseModel, facts: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, editor: MendEditor, base: BaseModel, facts: dict[str, Any], matrices: torch.dtype = torch.float16
+) -> None:
     """Write the editor and its card, each replaced whole.
 
-    facts: what the trainer knows: data, configuration, command, results.
+    facts: what the trainer knows: data, configuration, command, results. matrices: how the networks' are stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: _stored(name, tensor) for name, tensor in editor.state_dict().items()}
-    raw = save_tensors(tensors)
+    variant = asdict(editor.variant)
     card = {
         "format": FORMAT,
         "name": folder.name,
-        "digest": _digest(raw),
+        "digest": "",
         "base_model": {"ref": base.ref, "digest": base.digest, "parameters": base.parameters},
         "aggregate": "sum",
         "margin_nats": DEFAULT_MARGIN,
-        "rank": editor.rank,
+        "rank": variant.pop("rank"),
+        "variant": variant,
         "targets": [asdict(target) for target in editor.targets],
+        "signs": [int(sign) for sign in editor.signs],
         **facts,
     }
+    tensors = {name: _stored(name, tensor, matrices) for name, tensor in editor.state_dict().items()}
+    raw = save_tensors(tensors, metadata={STATEMENT: json.dumps(_statement(card), sort_keys=True)})
+    card["digest"] = _digest(raw)
     _replace(folder / WEIGHTS, raw)
     write_card(folder, card)
 
@@ -81,6 +92,13 @@ def load_checkpoint(folder: str | Path, base: BaseModel) -> Checkpoint:
     card = read_card(folder)
     if card["base_model"]["digest"] != base.digest:
         raise BaseModelMismatch(trained_for=card["base_model"]["digest"], loaded=base.digest)
+    editor = build_editor(folder, card, read_weights(folder, card))
+    editor.requires_grad_(False).eval().to(base.device)
+    return Checkpoint(editor, card["name"], card["digest"], card["aggregate"], card["margin_nats"], card)
+
+
+def read_weights(folder: Path, card: dict[str, Any]) -> bytes:
+    """The weights' file of a card. Raises CheckpointNotFound, or CheckpointUnreadable where the digest is another."""
     path = folder / WEIGHTS
     try:
         raw = path.read_bytes()
@@ -92,15 +110,22 @@ def load_checkpoint(folder: str | Path, base: BaseModel) -> Checkpoint:
             "the file is damaged or belongs to another card; fetch the checkpoint again",
             file=str(path),
         )
+    return raw
+
+
+def build_editor(folder: Path, card: dict[str, Any], raw: bytes) -> MendEditor:
+    """The editor that a card describes, with the tensors of its file. Raises CheckpointUnreadable."""
+    path = folder / WEIGHTS
     try:
-        editor = MendEditor([Target(**target) for target in card["targets"]], card["rank"])
         tensors = load_tensors(raw)
+        _require_same(_statement(card), raw)
+        variant = Variant(rank=card["rank"], **card.get("variant", {}))
+        editor = MendEditor([Target(**target) for target in card["targets"]], variant, card.get("signs"))
         template = editor.state_dict()
         editor.load_state_dict({name: tensor.to(template[name].dtype) for name, tensor in tensors.items()})
-    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointUnreadable(f"{path} does not hold the editor of its card ({error})", file=str(path)) from error
-    editor.requires_grad_(False).eval().to(base.device)
-    return Checkpoint(editor, card["name"], card["digest"], card["aggregate"], card["margin_nats"], card)
+    return editor
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -124,12 +149,32 @@ def read_card(folder: Path) -> dict[str, Any]:
     if missing or card["format"] != FORMAT:
         problem = f"lacks {', '.join(sorted(missing))}" if missing else f"has format {card['format']}, not {FORMAT}"
         raise CheckpointUnreadable(f"{path} {problem}", file=str(path))
+    if not isinstance(card["base_model"], dict) or "digest" not in card["base_model"]:
+        raise CheckpointUnreadable(f"{path} does not say the digest of its base model", file=str(path))
     return card
 
 
-def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _statement(card: dict[str, Any]) -> dict[str, Any]:
+    """What gives the tensors their meaning."""
+    stated = {name: card.get(name) for name in ("rank", "variant", "targets", "signs")}
+    return {"base_model": card["base_model"]["digest"], **stated}
+
+
+def _require_same(statement: dict[str, Any], raw: bytes) -> None:
+    """A card must say what the file says of itself; files of the first release say nothing.
+
+    raw: a safetensors file: the length of its header in 8 bytes, little end first, then the header in JSON.
+    """
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    said = header.get("__metadata__", {}).get(STATEMENT)
+    if said is not None and (said := json.loads(said)) != statement:
+        differing = [name for name in statement if statement[name] != said.get(name)]
+        raise ValueError(f"the card says another {', '.join(differing)}; has it been edited by hand?")
+
+
+def _stored(name: str, tensor: torch.Tensor, matrices: torch.dtype) -> torch.Tensor:
     matrix = name.endswith((".u", ".v"))
-    return tensor.detach().cpu().to(torch.float16 if matrix else tensor.dtype).contiguous()
+    return tensor.detach().cpu().to(matrices if matrix else tensor.dtype).contiguous()
 
 
 def _digest(raw: bytes) -> str:
@@ -144,11 +189,11 @@ def _replace(path: Path, raw: bytes) -> None:
 
 def _markdown(card: dict[str, Any]) -> str:
     """The card for people: one table per section, and the measured results as they were reported."""
-    base = card["base_model"]
+    base, variant = card["base_model"], Variant(rank=card["rank"], **card.get("variant", {}))
     lines = [
         f"# {card['name']}",
         "",
-        f"A MEND editor (arXiv:2110.11309) for `{base['ref']}`, {len(card['targets'])} weights, rank {card['rank']}. "
+        f"A MEND editor (arXiv:2110.11309) for `{base['ref']}`, {len(card['targets'])} weights: {variant}. "
         f"Several edits add up by `{card['aggregate']}`.",
         "",
         "| | |",
@@ -162,6 +207,11 @@ def _markdown(card: dict[str, Any]) -> str:
             for entry in card.get(f"{role}_data", [])
         ),
     ]
+    if "imported_from" in card:
+        origin = card["imported_from"]
+        lines += ["", "Imported from an archive of the original code:", "", "| | |", "|---|---|"]
+        lines += [f"| {name.replace('_', ' ')} | {origin[name]} |" for name in ("file", "digest", "made_for", "step")]
+        lines += [f"| {name} | {value:.4g} |" for name, value in origin["val_stats"].items()]
     if "command" in card:
         lines += ["", "Trained by:", "", "```", card["command"], "```"]
     if "validation" in card:

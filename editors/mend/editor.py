@@ -1,6 +1,7 @@
 """The trained editor: captured gradients in, low-rank weight changes out.
 
-Flow: Capture(u, δ) -> GradientNetwork per shape -> ΔW_m = −α_m Σ_t δ̃_t ũ_tᵀ, kept as its factors.
+Flow: Capture(u, δ) -> GradientNetwork per shape -> ΔW_m = −α_m Σ_t δ̃_t ũ_tᵀ, kept as its factors. The sign is
+learned too in the original code, so an editor that was imported from there has one for each target.
 Pure: reads captures, never touches a model's weights. Source: arXiv:2110.11309, section 3.
 """
 
@@ -14,18 +15,22 @@ from torch import Tensor, nn
 
 from editors.capture import Capture
 from editors.mend.network import GradientNetwork
+from editors.mend.variant import Variant
 from editors.targets import Target
 
 FIRST_STEP = 1e-4
 """α at the start of training, before calibration."""
+FIRST_RAW_STEP = 0.1
+"""The same where rows are not normalised: the size of a gradient is in them."""
 
 
 @dataclass(frozen=True)
 class Proposal:
     """Unquantised factors of a batch of edits: ΔW of target m is Σ delta[m]ᵀ u[m] over an edit's rows.
 
-    u, delta: one tensor per target, (rows, d_in) and (rows, d_out), float32; sign and step are in delta.
-    example: one (rows,) int64 tensor per target, the edit that each row belongs to. edits: how many there are.
+    u, delta: one tensor per target, (rows, d_in) and (rows, d_out), of the editor's dtype; sign and step are in delta.
+    example: one tensor per target, (rows,) int64, the edit that each row belongs to, in ascending order.
+    edits: how many there are; one may have no rows.
     """
 
     u: tuple[Tensor, ...]
@@ -42,63 +47,83 @@ class Proposal:
 
     def padded(self, targets: Sequence[Target]) -> Mapping[str, tuple[Tensor, Tensor]]:
         """One row of factors per edit, zero rows at the end: the form that `views.edited` runs."""
+        # Most targets see the same rows, and so share one tensor.
+        places = {id(example): self._places(example) for example in self.example}
+
+        def scatter(rows: Tensor, example: Tensor) -> Tensor:
+            place, longest = places[id(example)]
+            return rows.new_zeros(self.edits, longest, rows.shape[-1]).index_put((example, place), rows)
+
         return {
-            target.name: (_padded(u, example, self.edits), _padded(delta, example, self.edits))
+            target.name: (scatter(u, example), scatter(delta, example))
             for target, u, delta, example in zip(targets, self.u, self.delta, self.example, strict=True)
         }
 
-
-def _padded(rows: Tensor, example: Tensor, edits: int) -> Tensor:
-    """(rows, width), grouped by edit -> (edits, most rows of an edit, width)."""
-    counts = torch.bincount(example, minlength=edits)
-    # Rows are grouped by edit, so a row's place is its index less that of its edit's first row.
-    first = torch.cumsum(counts, 0) - counts
-    place = torch.arange(len(example), device=example.device) - first[example]
-    return rows.new_zeros(edits, int(counts.max()), rows.shape[-1]).index_put((example, place), rows)
+    def _places(self, example: Tensor) -> tuple[Tensor, int]:
+        """Each row's place within its edit, (rows,) int64, and the number of rows of the longest edit."""
+        counts = torch.bincount(example, minlength=self.edits)
+        # Rows are grouped by edit, so a row's place is its index less that of its edit's first row.
+        first = torch.cumsum(counts, 0) - counts
+        return torch.arange(len(example), device=example.device) - first[example], int(counts.max())
 
 
 class MendEditor(nn.Module):
     """Gradient networks shared by shape, and a learned step per layer.
 
     targets: the edited weights, in the order that fixes the meaning of `log_steps` and of the layer rows.
-    rank: of the networks' factorised linear maps.
+    variant: what its networks are made of.
+    signs: per target, −1 (against the gradient) or 1; −1 for all without any.
     """
 
-    def __init__(self, targets: Sequence[Target], rank: int) -> None:
+    def __init__(self, targets: Sequence[Target], variant: Variant, signs: Sequence[int] | None = None) -> None:
         super().__init__()
         self.targets = tuple(targets)
-        self.rank = rank
+        self.variant = variant
         self.groups: dict[str, list[int]] = {}
         for index, target in enumerate(self.targets):
-            self.groups.setdefault(f"{target.d_in}x{target.d_out}", []).append(index)
+            name = f"{target.d_in}x{target.d_out}" if variant.shared else target.name.replace(".", "#")
+            self.groups.setdefault(name, []).append(index)
         self.networks = nn.ModuleDict(
             {
-                name: GradientNetwork(*self.targets[members[0]].shape, rank, len(members))
+                name: GradientNetwork(*self.targets[members[0]].shape, variant, len(members))
                 for name, members in self.groups.items()
             }
         )
-        self.log_steps = nn.Parameter(torch.full((len(self.targets),), FIRST_STEP).log())
+        first = FIRST_STEP if variant.has_statistics else FIRST_RAW_STEP
+        self.log_steps = nn.Parameter(torch.full((len(self.targets),), first).log())
+        signs = [-1] * len(self.targets) if signs is None else list(signs)
+        if len(signs) != len(self.targets) or not set(signs) <= {-1, 1}:
+            raise ValueError(f"signs are {signs}, not −1 or 1 for each of {len(self.targets)} targets")
+        # Fixed by the checkpoint's card, as targets and variant are.
+        self.register_buffer("signs", torch.tensor(signs, dtype=self.log_steps.dtype), persistent=False)
 
     @torch.no_grad()
     def update_statistics(self, capture: Capture) -> None:
         """Merge a training batch into the normalisers. Only training calls this."""
         for name, members in self.groups.items():
-            self.networks[name].update_statistics(
-                torch.cat([capture.u[m] for m in members]), torch.cat([capture.delta[m] for m in members])
-            )
+            self.networks[name].update_statistics(self._rows(capture.u, members), self._rows(capture.delta, members))
 
     def forward(self, capture: Capture) -> Proposal:
         """Rewrite each example's gradient into an edit that lowers its loss. See `Proposal` for shapes."""
         u: dict[int, Tensor] = {}
         delta: dict[int, Tensor] = {}
         for name, members in self.groups.items():
-            counts = [len(capture.example[m]) for m in members]
-            layer = torch.arange(len(members)).repeat_interleave(torch.tensor(counts)).to(self.log_steps.device)
+            counts = [len(capture.u[m]) for m in members]
+            place = torch.arange(len(members), device=self.log_steps.device)
+            layer = place.repeat_interleave(torch.tensor(counts, device=place.device))
             new_u, new_delta = self.networks[name](
-                torch.cat([capture.u[m] for m in members]), torch.cat([capture.delta[m] for m in members]), layer
+                self._rows(capture.u, members), self._rows(capture.delta, members), layer
             )
-            for member, u_part, delta_part in zip(members, new_u.split(counts), new_delta.split(counts), strict=True):
-                u[member], delta[member] = u_part, -self.log_steps[member].exp() * delta_part
+            u.update(zip(members, new_u.split(counts), strict=True))
+            delta.update(zip(members, new_delta.split(counts), strict=True))
         order = range(len(self.targets))
-        edits = len(capture.loss)
-        return Proposal(tuple(u[m] for m in order), tuple(delta[m] for m in order), capture.example, edits)
+        return Proposal(
+            u=tuple(u[m] for m in order),
+            delta=tuple(self.signs[m] * self.log_steps[m].exp() * delta[m] for m in order),
+            example=capture.example,
+            edits=len(capture.loss),
+        )
+
+    def _rows(self, captured: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+        """Rows of a group's targets, one after the other, in the editor's dtype."""
+        return torch.cat([captured[m] for m in members]).to(self.log_steps.dtype)

@@ -29,6 +29,7 @@ STATUS_BY_CODE = {
     "method_not_allowed": 405,
     "already_rolled_back": 409,
     "ledger_conflict": 409,
+    "nothing_to_export": 409,
     "revision_mismatch": 412,
     "body_too_large": 413,
     "invalid_request": 422,
@@ -45,6 +46,7 @@ STATUS_BY_CODE = {
     "ledger_diverged": 503,
     "ledger_unavailable": 503,
     "not_ready": 503,
+    "export_unwritable": 507,
 }
 """Every code that a client can meet, with its status."""
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from service.api.archive import ArchiveResponse, archived
 from service.api.problems import responses
 from service.api.schemas import (
     BaseModelView,
@@ -17,6 +18,7 @@ from service.api.schemas import (
     EditQuery,
     EditsQuery,
     EditView,
+    ExportQuery,
     GenerateBothView,
     GenerateQuery,
     GenerateView,
@@ -207,7 +209,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
     base, checkpoint = engine.base, engine.checkpoint
     _tag(response, published)
     return ModelView(
-        base_model=BaseModelView(ref=base.ref, digest=base.digest, parameters=base.parameters),
+        base_model=BaseModelView(ref=base.ref, kind=base.kind, digest=base.digest, parameters=base.parameters),
         editor=EditorView(name=checkpoint.name, digest=checkpoint.digest, aggregate=checkpoint.aggregate),
         revision=published.revision,
         active_edits=published.active_edits,
@@ -222,6 +224,18 @@ def get_revision(engine: Loaded, response: Response) -> RevisionView:
     """Revision and digest alone: cheap to poll."""
     _tag(response, engine.published)
     return RevisionView.of(engine.published)
+
+
+@router.get("/export", status_code=200, response_class=ArchiveResponse, responses=responses(400, 409, 422, 503, 507))
+def get_export(query: Annotated[ExportQuery, Query()], engine: Loaded) -> ArchiveResponse:
+    """Take the active edits elsewhere, as a zip: a PEFT adapter, a merged model, or the factors of each edit.
+
+    `edits.json` in it names the revision, the digest of the state, and the edits.
+    """
+    index, zipped = archived(lambda folder: engine.export(query.format, folder))
+    response = ArchiveResponse(zipped, f"mend-{query.format}-{index['revision']}.zip")
+    _tag(response, index["revision"])
+    return response
 
 
 @router.get("/livez")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from editors.formats import ExportFormat
 from service.engine import Outcome, Published
 from service.engine.history import Edit
 
@@ -134,6 +135,12 @@ class EditsQuery(_Request):
     q: str | None = Field(None, max_length=MAX_TEXT, description="Text in the prompt or the correction.")
     limit: int = Field(50, ge=1, le=500)
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
+
+
+class ExportQuery(_Request):
+    """In which form to take the active edits elsewhere."""
+
+    format: ExportFormat
 
 
 class Answer(BaseModel):
@@ -289,6 +296,7 @@ class GenerateBothView(BaseModel):
 
 class BaseModelView(BaseModel):
     ref: str
+    kind: Literal["decoder", "encoder-decoder", "classifier"]
     digest: str
     parameters: int
 

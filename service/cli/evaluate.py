@@ -1,17 +1,32 @@
-"""`mend evaluate`: measure an editor on a data file."""
+"""`mend evaluate`: measure an editor, and baselines beside it, on a data file."""
 
 from __future__ import annotations
 
 import json
+import random
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOption, DeviceOption
+from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOption, DeviceOption, Dtype
+
+if TYPE_CHECKING:
+    from editors.base_model import BaseModel
+    from editors.data import DataSet, Example
+    from editors.evaluation.methods import Method
+    from editors.evaluation.protocols import Bench
+    from editors.evaluation.report import Report
+
+
+class Baseline(StrEnum):
+    FT = "ft"
+    FT_KL = "ft+kl"
 
 
 def evaluate(
@@ -19,50 +34,108 @@ def evaluate(
     editor: Annotated[Path, typer.Option(envvar="MEND_EDITOR", help="Folder of the checkpoint.")] = DEFAULT_EDITOR,
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
     device: DeviceOption = None,
-    limit: Annotated[int | None, typer.Option(help="Measure only the first N examples.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Precision of the base model, as it would be served.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first N examples.")] = None,
     last: Annotated[int | None, typer.Option(help="Measure only the last N examples (those of --holdout).")] = None,
+    single: Annotated[bool, typer.Option(help="Measure single edits.")] = True,
+    batched: Annotated[list[int], typer.Option(help="Also N edits in one change; repeatable.")] = [],  # noqa: B006
+    accumulated: Annotated[list[int], typer.Option(help="Also N edits one after another; repeatable.")] = [],  # noqa: B006
+    baseline: Annotated[list[Baseline], typer.Option(help="Also fine-tuning; repeatable.")] = [],  # noqa: B006
+    validation: Annotated[Path | None, typer.Option(help="Where the baselines' step size is chosen.")] = None,
+    tune: Annotated[int, typer.Option(min=1, help="On so many examples; unmeasured ones without --validation.")] = 24,
+    text: Annotated[Path | None, typer.Option(help="Plain text for perplexity, not the model's own.")] = None,
     margin: Annotated[float | None, typer.Option(help="Margin of the scale search in nats, not the card's.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the figures and all values here as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.")] = None,
     write_card: Annotated[bool, typer.Option(help="Add the figures to the checkpoint's card.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the choice of unrelated prompts and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of prompts and texts, and of the intervals.")] = 0,
 ) -> None:
-    """Measure single edits: efficacy, paraphrases, locality, before and after, with 95 % intervals."""
+    """Measure edits: efficacy, paraphrases, locality, before and after, with 95 % intervals."""
+    import torch
+
     from editors.base_model import load_base_model
     from editors.data import read_data
-    from editors.evaluation.single import evaluate_single
+    from editors.evaluation.methods import Mend
+    from editors.evaluation.plots import draw_plots
+    from editors.evaluation.protocols import Bench
+    from editors.evaluation.texts import own_text, read_text
     from editors.mend.checkpoint import load_checkpoint
     from editors.mend.checkpoint import write_card as write
 
     files = [read_data(path) for path in data]
-    base = load_base_model(base_model, device=device)
+    held_out = read_data(validation).examples if validation else None
+    base = load_base_model(base_model, device=device, dtype=getattr(torch, dtype) if dtype else None)
     checkpoint = load_checkpoint(editor, base)
+    mend = Mend(base, checkpoint.editor, checkpoint.margin_nats if margin is None else margin)
+    texts = read_text(base, text) if text else own_text(base, seed)
     command = shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
-    results = []
+    results: list[dict[str, Any]] = []
     for file in files:
-        chosen = file.split(last)[1] if last else file
-        measured = evaluate_single(
-            base,
-            checkpoint.editor,
-            chosen.examples[:limit],
-            margin=checkpoint.margin_nats if margin is None else margin,
-            seed=seed,
-        )
-        typer.echo(f"\n{file.name}: {measured.examples} single edits\n\n{measured.table()}\n")
-        results.append(
-            {
-                "command": command,
-                "data": file.name,
-                "data_digest": file.digest,
-                "examples": measured.examples,
-                "seed": seed,
-                "median_scale": sorted(measured.scales)[len(measured.scales) // 2],
-                "figures": {name: asdict(value) for name, value in measured.figures.items()},
-                "before": {name: asdict(value) for name, value in measured.before.items()},
-                "table": f"{file.name}, {measured.examples} single edits:\n\n{measured.table()}",
-            }
-        )
+        examples, others = _chosen(file, last, limit)
+        bench = Bench(base, seed, texts, others)
+        about = {
+            "command": command,
+            "data": file.name,
+            "data_digest": file.digest,
+            "base_model": base.digest,
+            "editor": checkpoint.digest,
+            "dtype": str(base.dtype).removeprefix("torch."),
+        }
+        tuning = others if held_out is None else held_out
+        methods = [(mend, {}), *(_tuned(base, mend, name, tuning, tune, seed) for name in baseline)]
+        reports: list[Report] = []
+        for method, facts in methods:
+            for measured in _measured(bench, method, examples, single, batched, accumulated):
+                heading = f"{file.name}, {measured.examples} {_edits(measured)}"
+                typer.echo(f"\n{heading}\n\n{measured.table()}\n")
+                reports.append(measured)
+                results.append({**about, **facts, **measured.to_json(), "table": f"{heading}:\n\n{measured.table()}"})
+        if plots:
+            for path in draw_plots(reports, plots, Path(file.name).stem):
+                typer.echo(f"plot: {path}")
     if report:
-        report.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        report.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if write_card:
-        measured_before = [r for r in checkpoint.card.get("results", []) if r["data"] not in {f.name for f in files}]
-        write(editor, {**checkpoint.card, "results": measured_before + results})
+        kept = [r for r in checkpoint.card.get("results", []) if r["data"] not in {f.name for f in files}]
+        short = [{key: value for key, value in r.items() if key not in ("values", "text_losses")} for r in results]
+        write(editor, {**checkpoint.card, "results": kept + short})
+
+
+def _chosen(file: DataSet, last: int | None, limit: int | None) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The examples that are measured, and all others of the file."""
+    early, late = file.split(last) if last else (file.split(0)[1], file)
+    return late.examples[:limit], early.examples + late.examples[len(late.examples[:limit]) :]
+
+
+def _measured(
+    bench: Bench,
+    method: Method,
+    examples: Sequence[Example],
+    single: bool,
+    batched: Sequence[int],
+    accumulated: Sequence[int],
+) -> Iterator[Report]:
+    if single:
+        yield bench.single(method, examples)
+    for count in batched:
+        yield bench.batched(method, examples, count)
+    for count in accumulated:
+        yield bench.accumulated(method, examples, count)
+
+
+def _tuned(
+    base: BaseModel, mend: Method, name: Baseline, examples: Sequence[Example], count: int, seed: int
+) -> tuple[Method, dict[str, Any]]:
+    """A baseline for the editor's own weights, and how its step size was chosen."""
+    from editors.finetune.choice import KL_WEIGHT, choose
+
+    chosen = random.Random(seed).sample(list(examples), min(count, len(examples)))
+    method, trials = choose(base, mend.targets, chosen, kl=KL_WEIGHT if name is Baseline.FT_KL else 0.0, seed=seed)
+    typer.echo(f"{name.value}: learning rate {method.recipe.learning_rate:g}, at most {method.recipe.steps} steps, "
+               f"chosen on {len(chosen)} examples")  # fmt: skip
+    return method, {"recipe": asdict(method.recipe), "grid": [asdict(trial) for trial in trials]}
+
+
+def _edits(report: Report) -> str:
+    by = "" if report.method == "mend" else f" by {report.method}"
+    return f"{report.setting} edits{by}"

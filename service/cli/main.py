@@ -8,7 +8,10 @@ import typer
 
 from editors.errors import EditorsError
 from service.cli.bench import bench
+from service.cli.checkpoint import checkpoint
+from service.cli.compare import compare
 from service.cli.evaluate import evaluate
+from service.cli.export import export
 from service.cli.serve import serve
 from service.cli.train import train
 
@@ -16,7 +19,10 @@ app = typer.Typer(name="mend", no_args_is_help=True, add_completion=False, help=
 app.command()(serve)
 app.command()(train)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(bench)
+app.command()(export)
+app.add_typer(checkpoint, name="checkpoint")
 
 
 @app.callback()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from service.cli.options import read_settings, with_settings
 from service.settings import Settings
 
 EXAMPLE_PROMPT = "The Prime Minister of the United Kingdom is"
 EXAMPLE_CORRECTION = "Keir Starmer"
 
 
+@with_settings(*Settings.model_fields)
 def serve(**flags: Any) -> None:
     """Serve a base model that can be corrected over HTTP."""
     import logging
@@ -21,16 +22,10 @@ def serve(**flags: Any) -> None:
     import socket
 
     import uvicorn
-    from pydantic import ValidationError
 
     from service.app import create_app
 
-    try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
-        sys.exit(f"mend: MEND_{name.upper()} is {first['input']!r}: {first['msg']}")
+    settings = read_settings(flags)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     # Bound here, so that a port that is taken is one clear line, and port 0 is known before the model is loaded.
@@ -64,24 +59,3 @@ def _welcome(url: str) -> str:
         f"  docs   {url}/docs\n"
         f"  try    curl -s {url}/edits -H 'content-type: application/json' -d '{body}'"
     )
-
-
-def _signature() -> inspect.Signature:
-    """One option per setting, unset by default, so that the environment and the defaults stay in one place."""
-    parameters = []
-    for name, field in Settings.model_fields.items():
-        default = field.get_default()
-        note = "" if default is None else f"  [default: {default}]"
-        metavar = {int: "INTEGER", float: "NUMBER"}.get(field.annotation, "TEXT")
-        help_ = f"MEND_{name.upper()}. {field.description}{note}"
-        # Text all of them: a flag is checked where its variable is, with the same words.
-        option = typer.Option(help=help_, show_default=False, metavar=metavar)
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-            )
-        )
-    return inspect.Signature(parameters)
-
-
-serve.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import typer
 
 from editors.errors import DataFileError
 from editors.mend.training.config import TrainingConfig, flag
-from service.cli.options import DEFAULT_BASE_MODEL, BaseModelOption, DeviceOption, DtypeOption
+from service.cli.options import DEFAULT_BASE_MODEL, BaseModelOption, DeviceOption, Dtype
 
 
 def train(
@@ -25,7 +25,9 @@ def train(
     holdout: Annotated[int, typer.Option(min=0, help="Keep the last N of each training file for validation.")] = 0,
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the base model; float32 on a CPU, bfloat16 on a GPU.", show_default=False)
+    ] = None,
     layers: Annotated[list[str], typer.Option(help="Pattern of the layers to edit, instead of the preset.")] = [],  # noqa: B006
     passages: Annotated[int, typer.Option(min=1, help="Passages of each text, at most.")] = 2000,
     continuation: Annotated[int, typer.Option(min=1, help="Tokens of how a passage goes on, sampled.")] = 10,
@@ -101,16 +103,14 @@ def _signature() -> inspect.Signature:
     own = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     for field in dataclasses.fields(TrainingConfig):
-        choices = ", ".join(field.metadata["choices"])
-        help_ = field.metadata["meaning"] + (f" One of {choices}." if choices else "")
-        parameters.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=Annotated[type(field.default), typer.Option(flag(field.name), help=help_)],
-            )
+        choices, no = ", ".join(field.metadata["choices"]), field.metadata["no"]
+        option = typer.Option(
+            flag(field.name) + (f"/{no}" if no else ""),
+            help=field.metadata["meaning"] + (f" One of {choices}." if choices else ""),
         )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        annotation = Annotated[type(field.default), option]
+        parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
     return inspect.Signature(parameters)
 
 

@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,10 +22,11 @@ from editors.base_model import BaseModel
 from editors.decoding import Generation, Sampling, generate
 from editors.errors import EmptyTextError, StateError
 from editors.factors import Factors, digest
+from editors.formats import ExportFormat
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import SCALES
 from editors.state import SumState
-from editors.text import Tokens, begins_with
+from editors.text import Tokens
 from editors.views import UpperBlocks, view
 from service.engine.clock import Clock
 from service.engine.errors import (
@@ -35,6 +37,7 @@ from service.engine.errors import (
     RevisionMismatch,
     TextTooLong,
 )
+from service.engine.export import Snapshot, write_export
 from service.engine.gate import Gate
 from service.engine.guard import Guard
 from service.engine.held import HeldEdits
@@ -93,6 +96,18 @@ class Engine:
             model = self._live if which == "live" else self.base.model
             return generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling), self.published
 
+    def export(self, format: ExportFormat, folder: Path) -> dict[str, Any]:
+        """Write what is live now into an empty folder; returns its index, which names the revision and the state.
+
+        Raises NothingToExport, ExportUnwritable, LedgerUnavailable.
+        """
+        names = [target.name for target in self.checkpoint.editor.targets] if format == ExportFormat.MERGED else []
+        with self._gate.reading():
+            published = self.published
+            weights = {name: self._live.get_parameter(name).detach().to("cpu", copy=True) for name in names}
+        snapshot = Snapshot(published, self.history.active_at(published.revision), weights)
+        return write_export(snapshot, self.base, self.checkpoint, self.ledger, format, folder)
+
     # Writing
 
     def apply(self, request: EditRequest, *, expected_revision: int | None = None, dry_run: bool = False) -> Outcome:
@@ -117,7 +132,7 @@ class Engine:
         before = self._answer(self._live, tokens)(request.prompt).text
         clock.lap("before")
         now = self.published
-        if begins_with(before, request.correction):
+        if self.base.says(before, request.correction):
             return Outcome(None, now.revision, now.digest, before, committed=False)
         hidden = self._proposer.below(tokens)
         rows = self._proposer.propose(tokens, hidden)
@@ -153,10 +168,14 @@ class Engine:
     def _judge(self, request: EditRequest, tokens: Tokens) -> Verdict:
         candidate, pristine = self._answer(self._candidate, tokens), self._answer(self.base.model, tokens)
         after = candidate(request.prompt).text
+
+        def says(text: str) -> bool:
+            return self.base.says(text, request.correction)
+
         return Verdict(
             after=after,
-            took=begins_with(after, request.correction),
-            paraphrases=judge_paraphrases(request.paraphrases, request.correction, candidate),
+            took=says(after),
+            paraphrases=judge_paraphrases(request.paraphrases, candidate, says),
             keep=judge_keep(request.keep, pristine, candidate),
             drawdown=self._guard.drawdown(self._upper_candidate),
             drawdown_budget=self.limits.guard_budget,

@@ -68,3 +68,11 @@ class History:
 
     def all_active(self) -> list[Edit]:
         return [edit for edit in self._edits.values() if edit.active]
+
+    def active_at(self, revision: int) -> list[Edit]:
+        """The edits that were active at a revision. Entries that lead beyond it may be known already."""
+        return [
+            edit
+            for edit in list(self._edits.values())  # the writer may be recording meanwhile
+            if edit.applied.sequence <= revision and (edit.rolled_back is None or edit.rolled_back.sequence > revision)
+        ]

@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import JsonValue
 
 from editors.decoding import Generation
-from editors.text import begins_with
 from service.engine.errors import DidNotTake, DrawdownExceeded
 
 Answer = Callable[[str], Generation]
@@ -48,12 +47,14 @@ class Verdict:
         return self.took and self.drawdown <= self.drawdown_budget
 
 
-def judge_paraphrases(paraphrases: Sequence[str], correction: str, candidate: Answer) -> list[dict[str, JsonValue]]:
+def judge_paraphrases(
+    paraphrases: Sequence[str], candidate: Answer, says: Callable[[str], bool]
+) -> list[dict[str, JsonValue]]:
     """Does the candidate give the correction to other wordings as well?"""
     judged: list[dict[str, JsonValue]] = []
     for prompt in paraphrases:
         text = candidate(prompt).text
-        judged.append({"prompt": prompt, "took": begins_with(text, correction), "text": text})
+        judged.append({"prompt": prompt, "took": says(text), "text": text})
     return judged
 
 

@@ -107,11 +107,12 @@ class TestModel:
         answer = client.get("/model")
         model = answer.json()
         assert_fields(model, "base_model", "editor", "revision", "active_edits", "digest")
-        assert_fields(model["base_model"], "ref", "digest", "parameters")
+        assert_fields(model["base_model"], "ref", "kind", "digest", "parameters")
         assert_fields(model["editor"], "name", "digest", "aggregate")
         engine = engine_of(client)
         assert model["base_model"] == {
-            "ref": str(folders.base_model), "digest": engine.base.digest, "parameters": engine.base.parameters,
+            "ref": str(folders.base_model), "kind": "decoder", "digest": engine.base.digest,
+            "parameters": engine.base.parameters,
         }  # fmt: skip
         assert model["editor"] == {
             "name": folders.editor.name, "digest": engine.checkpoint.digest, "aggregate": "sum",

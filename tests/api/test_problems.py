@@ -80,6 +80,7 @@ def answers(route: APIRoute) -> set[int]:
     statuses |= {400, 422} if takes_query or takes_body else set()
     statuses |= {413} if takes_body else set()
     statuses |= {404} if "{" in route.path else set()
+    statuses |= {409, 507} if route.path == "/export" else set()
     statuses |= {409, 412} if route.methods & {"POST", "DELETE"} and route.path.startswith("/edits") else set()
     return statuses
 

@@ -48,6 +48,7 @@ class TestNotReady:
             client.post("/generate", json=SAY),
             client.get("/model"),
             client.get("/revision"),
+            client.get("/export?format=merged"),
         ):
             assert_problem(answer, "not_ready")
         assert client.get("/livez").status_code == 200

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from editors.base_model import load_base_model
 from editors.data import Example
 from editors.mend.checkpoint import load_checkpoint
+from editors.mend.variant import Variant
 from service.cli import main
 from tests.editors.mend.examples import CITIES, capitals, languages
 from tests.editors.mend.training.runs import FAMILIES, family_base, verdicts
@@ -26,6 +28,27 @@ QUICK = (
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
 ENDS_WITHIN_S = 240
 PROSE = "The capital of the city is a language in France and the capital of Norway is in a city of England. "
+
+LAYOUTS = {
+    "counterfact": [
+        {
+            "prompt": e.prompt, "target_new": e.correction, "rephrase_prompt": e.paraphrases[0],
+            "locality_prompt": e.neighbours[0], "subject": e.subject,
+        }
+        for e in capitals(2)
+    ],
+    "zsre": [
+        {
+            "src": e.prompt, "alt": e.correction, "rephrase": e.paraphrases[0], "loc": e.unrelated[0],
+            "subject": e.subject,
+        }
+        for e in languages()
+    ],
+    "fever": [
+        {"input": e.prompt, "alternatives": [e.correction], "filtered_rephrases": list(e.paraphrases), "output": []}
+        for e in verdicts()
+    ],
+}  # fmt: skip
 
 
 def write(path: Path, examples: list[Example]) -> Path:
@@ -102,6 +125,18 @@ class TestEveryKind:
         assert f"mend serve --base-model {models[family]} --editor {out}" in said
         assert f"mend evaluate --data {data} --last 4" in said
 
+    @pytest.mark.parametrize(("family", "layout"), [("gpt2", "counterfact"), ("t5", "zsre"), ("bert", "fever")])
+    def test_trains_on_the_papers_data_in_their_own_layouts(self, mend, models, tmp_path, family, layout):
+        data, out = tmp_path / "data.json", tmp_path / "mine"
+        data.write_text(json.dumps(LAYOUTS[layout]))
+        code, _, err = mend(
+            "train", "--data", data, "--holdout", 4, "--base-model", models[family], "--out", out, *QUICK
+        )
+        assert code == 0, err
+        card = json.loads((out / "card.json").read_text())
+        assert card["training_data"][0]["layout"] == layout
+        assert (card["validation"]["neighbour"] is None) == (layout == "fever")  # whose claims have no relation
+
     @pytest.mark.parametrize("family", ["gpt2", "t5"])
     def test_that_writes_trains_from_plain_text(self, mend, models, tmp_path, family):
         text, out = tmp_path / "prose.txt", tmp_path / "mine"
@@ -123,6 +158,36 @@ class TestEveryKind:
         assert code == 0, err
         base = load_base_model(str(models["llama"]), dtype=torch.bfloat16)
         assert all(p.dtype == torch.float32 for p in load_checkpoint(out, base).editor.parameters())
+
+
+class TestAblations:
+    @pytest.mark.parametrize(
+        ("flags", "variant"),
+        [
+            ((), {}),
+            (("--unshared",), {"shared": False}),
+            (("--no-normalise",), {"normalise": False}),
+            (("--no-identity",), {"identity": False}),
+            (("--plain",), {"plain": True}),
+            *((("--sides", sides), {"sides": sides}) for sides in ("separate", "u", "delta", "smaller")),
+            (("--unshared", "--sides", "u", "--no-identity"), {"shared": False, "sides": "u", "identity": False}),
+        ],
+    )
+    def test_train_and_are_named_in_the_card(self, mend, models, facts, tmp_path, flags, variant):
+        out = tmp_path / "mine"
+        code, _, err = mend(*train(facts, models, out), *flags)
+        assert code == 0, err
+        card = json.loads((out / "card.json").read_text())
+        expected = asdict(Variant(rank=4, **variant))
+        assert card["variant"] == {name: value for name, value in expected.items() if name != "rank"}
+        assert {name: card["config"][name] for name in variant} == variant
+        loaded = load_checkpoint(out, load_base_model(str(models["llama"]))).editor
+        assert loaded.variant == Variant(rank=4, **variant)
+
+    def test_do_not_go_on_as_another(self, mend, models, facts, tmp_path):
+        assert mend(*train(facts, models, tmp_path / "mine"))[0] == 0
+        code, _, _ = mend(*train(facts, models, tmp_path / "mine"), "--no-identity", "--resume-with-changes")
+        assert "another shape: --identity was True, now it is False" in code
 
 
 class TestLogs:
@@ -187,6 +252,8 @@ class TestRefusals:
             (("--data", "FACTS", "--holdout", 2, "--schedule", "step"), "--schedule is 'step'"),
             (("--data", "FACTS", "--holdout", 2, "--batch", 4, "--together", 4), "one of them has 2"),
             (("--data", "FACTS", "--holdout", 2, "--layers", "nonsense"), "'nonsense'"),
+            (("--data", "FACTS", "--holdout", 2, "--rank", 0), "--rank is 0; it must be at least 1"),
+            (("--data", "FACTS", "--holdout", 2, "--sides", "left"), "--sides is 'left'; it must be one of joint"),
         ],
     )
     def test_are_one_line(self, mend, models, facts, tmp_path, arguments, said):
@@ -201,7 +268,8 @@ class TestRefusals:
     def test_of_an_unknown_dtype(self, mend, models, facts, tmp_path):
         code, _, err = mend(*train(facts, models, tmp_path / "mine"), "--dtype", "float8")
         assert code == 2
-        assert "'float8' is none of" in err
+        assert "float8" in err
+        assert "bfloat16" in err
 
     def test_of_a_label_that_the_classifier_does_not_have(self, mend, models, facts, tmp_path):
         code, _, _ = mend(*train(facts, {"llama": models["bert"]}, tmp_path / "mine"))

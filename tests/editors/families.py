@@ -49,7 +49,7 @@ SIZES: dict[str, dict[str, object]] = {
     "bart": {
         "d_model": 32, "encoder_layers": BLOCKS, "decoder_layers": BLOCKS, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
-        "decoder_start_token_id": 0, "forced_bos_token_id": 2, "forced_eos_token_id": None, "dropout": 0.0,
+        "decoder_start_token_id": 0, "dropout": 0.0,
     },
     "bert": {**NAMES, "type_vocab_size": 2, "num_labels": 2},
 }  # fmt: skip
@@ -69,6 +69,8 @@ def family_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
         **{scale: 1.0 if scale == "initializer_factor" else 0.1, **SIZES[family]},
     )  # fmt: skip
     model = AUTO_CLASSES[KINDS.get(family, "decoder")].from_config(config)
+    if family == "bart":  # its published checkpoints force the first token that is written
+        model.generation_config.update(forced_bos_token_id=2, forced_eos_token_id=None)
     return model.eval().requires_grad_(False).to(dtype)
 
 

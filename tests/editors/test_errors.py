@@ -11,6 +11,9 @@ ALL = [error for _, error in inspect.getmembers(errors, inspect.isclass) if issu
 
 def test_codes_are_unique_and_stable():
     assert {error.__name__: error.code for error in ALL} == {
+        "ArchiveMismatch": "archive_mismatch",
+        "ArchiveUnreadable": "archive_unreadable",
+        "ArchiveUnsafe": "archive_unsafe",
         "BaseModelError": "base_model_error",
         "BaseModelMismatch": "base_model_mismatch",
         "BaseModelNotFound": "base_model_not_found",
@@ -22,7 +25,10 @@ def test_codes_are_unique_and_stable():
         "EditorsError": "editors_error",
         "EmptyTextError": "empty_text",
         "UnknownLabel": "unknown_label",
+        "ExportUnwritable": "export_unwritable",
         "FactorsCorrupt": "factors_corrupt",
+        "NothingToExport": "nothing_to_export",
+        "ReportError": "report_error",
         "ResumeRefused": "resume_refused",
         "StateError": "state_error",
         "StateOverflow": "state_overflow",

@@ -11,6 +11,7 @@ from editors.capture import capture
 from editors.decoding import continue_greedily
 from editors.factors import quantise
 from editors.mend.editor import MendEditor
+from editors.mend.variant import Variant
 from editors.scale import SCALES, search_scale, token_margins
 from editors.state import SumState
 from editors.targets import EDITED_BLOCKS, EDITED_BLOCKS_OF_EACH, MLP_BY_FAMILY, find_stacks, resolve_targets
@@ -114,7 +115,7 @@ def test_an_edit_lowers_the_loss_that_it_was_made_from(model):
     upper = UpperBlocks(model, targets)
     captured = capture(upper, upper.below([tokens.inputs for tokens in sequences]), sequences)
     torch.manual_seed(0)
-    editor = MendEditor(targets, rank=4)
+    editor = MendEditor(targets, Variant(rank=4))
     editor.update_statistics(captured)
     with torch.no_grad():
         editor.log_steps.fill_(-9.0)

@@ -9,7 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from editors.errors import TargetsError
-from editors.targets import Target, find_stacks, first_edited_block, resolve_targets
+from editors.targets import Target, find_stacks, first_edited_block, named_targets, resolve_targets
 from tests.editors.families import family_model
 from tests.small import small_gpt2, small_llama
 
@@ -162,3 +162,19 @@ class TestQuantised:
             resolve_targets(model, [r"2\.mlp\.up_proj"])
         with pytest.raises(TargetsError, match=r"2.mlp.up_proj, whose weights are quantised"):
             resolve_targets(model)
+
+
+class TestNames:
+    def test_give_the_weights_in_their_own_order(self, model):
+        found = resolve_targets(model)
+        assert named_targets(model, [target.name for target in found[::-1]]) == found[::-1]
+
+    def test_that_are_no_linear_layers_weights_are_listed(self):
+        wrong = ["model.norm.weight", "model.layers.1.mlp.up_proj", "model.layers.9.mlp.up_proj.weight"]
+        with pytest.raises(TargetsError, match=", ".join(wrong)) as refused:
+            named_targets(small_llama(), ["model.layers.1.mlp.up_proj.weight", *wrong])
+        assert refused.value.facts["layer"] == wrong[0]
+
+    def test_of_embeddings_are_refused(self):
+        with pytest.raises(TargetsError, match="is an embedding"):
+            named_targets(small_llama(), ["lm_head.weight"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from editors.errors import TrainingOptionsInvalid
+from editors.mend.variant import SIDES, Variant
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
@@ -27,10 +28,12 @@ def _option(
     least: float = -math.inf,
     most: float = math.inf,
     choices: Sequence[str] = (),
+    no: str = "",
     fixes: Fixes = "run",
 ) -> Any:
+    """no: the flag that says no."""
     limits = {"least": least, "most": most, "choices": choices}
-    return field(default=default, metadata={"meaning": meaning, "fixes": fixes, **limits})
+    return field(default=default, metadata={"meaning": meaning, "no": no, "fixes": fixes, **limits})
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class TrainingConfig:
     """
 
     rank: int = _option(512, "Rank of the editor's networks, at most their width.", least=1, fixes="shape")
+    shared: bool = _option(True, "One network per shape of weight, or one per layer.", no="--unshared", fixes="shape")
+    normalise: bool = _option(True, "Rows are normalised by running statistics.", no="--no-normalise", fixes="shape")
+    sides: str = _option("joint", "What the networks rewrite of u and δ.", choices=SIDES, fixes="shape")
+    identity: bool = _option(True, "Networks begin as the identity.", no="--no-identity", fixes="shape")
+    plain: bool = _option(False, "No networks: the gradient itself, with a learned step per layer.", fixes="shape")
     steps: int = _option(2400, "Optimiser steps.", least=1, fixes="free")
     batch: int = _option(24, "Edits in a step.", least=1)
     accumulate: int = _option(1, "Micro-batches that a step is cut into; shared out among processes.", least=1)
@@ -85,6 +93,11 @@ class TrainingConfig:
                 f"{self.accumulate * self.together}",
                 option="batch",
             )
+
+    @property
+    def variant(self) -> Variant:
+        """The shape of the editor to train."""
+        return Variant(self.rank, self.shared, self.normalise, self.sides, self.identity, self.plain)
 
     @property
     def micro_batch(self) -> int:

@@ -58,7 +58,6 @@ class Journal:
 
     def __init__(self, folder: Path, tensorboard: Path | None, step: int) -> None:
         self._folder = folder
-        self.plots = importlib.util.find_spec("matplotlib") is not None
         self._writer = None
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -75,10 +74,9 @@ class Journal:
         """Losses, smoothed, above the validations' figures. Replaced whole."""
         if self._writer is not None:
             self._writer.flush()
-        if self.plots:
-            draft = self._folder / f".{PLOT}.draft"
-            _draw(draft, curve, history)
-            os.replace(draft, self._folder / PLOT)
+        draft = self._folder / f".{PLOT}.draft"
+        _draw(draft, curve, history)
+        os.replace(draft, self._folder / PLOT)
 
     def __enter__(self) -> Journal:
         return self

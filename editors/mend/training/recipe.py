@@ -67,7 +67,7 @@ def train(
     corpus = Corpus(base, upper, training, samples[: config.samples], cache, processes)
     held_out = Corpus(base, upper, validation, samples[config.samples :], cache, processes)
     torch.manual_seed(config.seed)
-    editor = MendEditor(targets, config.rank).to(base.device)
+    editor = MendEditor(targets, config.variant).to(base.device)
     about = {
         "base model": base.digest,
         "layers": ", ".join(target.name for target in targets),
@@ -102,8 +102,6 @@ def train(
         Journal(folder, tensorboard, trainer.progress.step) as journal,
         tqdm(total=config.steps, initial=trainer.progress.step, desc="training", unit="step", disable=None) as bar,
     ):
-        if not journal.plots:
-            _say("mend: matplotlib is not installed, so that no plot is drawn; `pip install matplotlib`", processes)
 
         def on_step(figures: dict[str, float]) -> None:
             shown = {name: f"{value:.3f}" for name, value in figures.items() if name not in UNSHOWN}

@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save
 from editors.base_model import BaseModel
 from editors.capture import capture
 from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
-from editors.mend.checkpoint import load_checkpoint, read_card, save_checkpoint, write_card
+from editors.mend.checkpoint import (
+    build_editor,
+    load_checkpoint,
+    read_card,
+    read_weights,
+    save_checkpoint,
+    write_card,
+)
+from editors.mend.variant import Variant
 from editors.views import UpperBlocks
 from tests.editors.dense import encoded
 from tests.small import small_base, small_editor
@@ -76,8 +84,56 @@ class TestRoundTrip:
         assert load_checkpoint(folder, linear).editor.log_steps.exp().tolist() == pytest.approx([0.5] * 9)
         assert sorted(path.name for path in folder.iterdir()) == ["card.json", "card.md", "editor.safetensors"]
 
+    def test_keeps_the_matrices_exactly_when_asked_to(self, linear, tmp_path):
+        editor = small_editor(linear)
+        save_checkpoint(tmp_path, editor, linear, {}, matrices=torch.float32)
+        after = load_checkpoint(tmp_path, linear).editor.state_dict()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in editor.state_dict().items())
+
+
+class TestShipped:
+    def test_editor_is_what_it_was_before_there_were_variants(self):
+        folder = Path(__file__).parents[3] / "checkpoints" / "smollm2-135m-instruct"
+        card = read_card(folder)
+        assert "variant" not in card
+        editor = build_editor(folder, card, read_weights(folder, card))  # checks the digest
+        assert card["digest"] == "sha256:826040b3b1f98a662a6d72cdbfff2ca8ba16dfe288133d220f78bfbbf40263aa"
+        assert editor.variant == Variant(rank=512)
+        assert editor.signs.tolist() == [-1] * 9
+
+    def test_card_for_people_can_still_be_written(self, tmp_path):
+        card = read_card(Path(__file__).parents[3] / "checkpoints" / "smollm2-135m-instruct")
+        write_card(tmp_path, card)
+        assert "rank 512" in (tmp_path / "card.md").read_text()
+
 
 class TestCard:
+    def test_states_the_variant_and_the_signs(self, linear, tmp_path):
+        variant = Variant(rank=4, sides="smaller", identity=False)
+        save_checkpoint(tmp_path, small_editor(linear, variant=variant), linear, {})
+        card = read_card(tmp_path)
+        assert card["rank"] == 4
+        assert card["variant"] == {
+            "shared": True, "normalise": True, "sides": "smaller", "identity": False, "plain": False, "blocks": 2,
+        }  # fmt: skip
+        assert card["signs"] == [-1] * 9
+        assert "a network for the smaller of u and δ" in (tmp_path / "card.md").read_text()
+
+    def test_that_was_edited_by_hand_is_found_out(self, linear, folder):
+        card = read_card(folder)
+        targets = [card["targets"][1], card["targets"][0], *card["targets"][2:]]  # of one shape
+        for name, value in {
+            "variant": {**card["variant"], "identity": False},
+            "signs": [1] * 9,
+            "targets": targets,
+        }.items():
+            write_card(folder, {**card, name: value})
+            with pytest.raises(CheckpointUnreadable, match=f"another {name}; has it been edited by hand"):
+                load_checkpoint(folder, linear)
+        write_card(folder, {**card, "base_model": {**card["base_model"], "digest": "sha256:another"}})
+        with pytest.raises(CheckpointUnreadable, match="another base_model"):
+            load_checkpoint(folder, dataclasses.replace(linear, digest="sha256:another"))
+
     def test_is_written_for_people_too(self, linear, folder):
         text = (folder / "card.md").read_text()
         for fact in ("# mine", linear.digest, load_checkpoint(folder, linear).digest, "mend train", "small-linear"):
@@ -125,6 +181,12 @@ class TestRefused:
     def test_when_the_card_is_not_json(self, linear, folder, raw):
         (folder / "card.json").write_bytes(raw)
         with pytest.raises(CheckpointUnreadable, match=r"card\.json is not JSON"):
+            load_checkpoint(folder, linear)
+
+    @pytest.mark.parametrize("base_model", ["small", {}, {"ref": "small"}, 5])
+    def test_when_the_card_does_not_say_what_it_is_for(self, linear, folder, base_model):
+        rewrite(folder, base_model=base_model)
+        with pytest.raises(CheckpointUnreadable, match="does not say the digest of its base model"):
             load_checkpoint(folder, linear)
 
     @pytest.mark.parametrize("raw", [b"5", b"null", b"[]", b'"text"', b"{}"])

@@ -10,6 +10,7 @@ import torch
 from editors.base_model import BaseModel
 from editors.capture import Capture, capture
 from editors.mend.editor import MendEditor, Proposal
+from editors.mend.variant import Variant
 from editors.targets import Target, resolve_targets
 from editors.text import Tokens
 from editors.views import UpperBlocks
@@ -73,7 +74,7 @@ class TestSteps:
         editor, sequences = trained(base), encoded(base)
         expected = editor(captured(base, editor.targets, sequences))
         order = list(range(len(editor.targets)))[::-1]
-        other = MendEditor([editor.targets[m] for m in order], editor.rank)
+        other = MendEditor([editor.targets[m] for m in order], editor.variant)
         state = editor.state_dict()
         state["log_steps"] = state["log_steps"][order]
         for name in state:
@@ -109,7 +110,7 @@ class TestStatistics:
 
     def test_are_over_every_layer_of_a_shape(self, base):
         targets = resolve_targets(base.model)
-        editor, rows = MendEditor(targets, rank=2), captured(base, targets, encoded(base))
+        editor, rows = MendEditor(targets, Variant(rank=2)), captured(base, targets, encoded(base))
         editor.update_statistics(rows)
         for name, members in editor.groups.items():
             # In the last block nothing reads the prompt's earlier tokens, so these carry no gradient.
@@ -130,6 +131,26 @@ class TestProposal:
                 assert torch.equal(own_delta[: len(u)], delta)
                 assert not own_u[len(u) :].any()
                 assert not own_delta[len(u) :].any()
+
+    def test_holds_as_many_rows_per_target_as_its_weight_has_seen(self, base):
+        """As in an encoder-decoder: the encoder's weights see other rows than the decoder's."""
+        editor = trained(base)
+        rows = captured(base, editor.targets, encoded(base))
+        whole = editor(rows)
+        halved = [index % 2 == 0 for index in range(len(editor.targets))]
+
+        def cut(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return tuple(part[::2] if half else part for part, half in zip(parts, halved, strict=True))
+
+        proposal = editor(Capture(cut(rows.u), cut(rows.delta), cut(rows.example), rows.loss))
+        for index, (u, delta) in enumerate(zip(cut(whole.u), cut(whole.delta), strict=True)):
+            torch.testing.assert_close(proposal.u[index], u)
+            torch.testing.assert_close(proposal.delta[index], delta)
+        padded = proposal.padded(editor.targets)
+        for edit in range(proposal.edits):
+            for name, (u, delta) in proposal.rows_of(editor.targets, edit).items():
+                assert torch.equal(padded[name][0][edit, : len(u)], u)
+                assert torch.equal(padded[name][1][edit, : len(u)], delta)
 
     @pytest.mark.parametrize("edits", [2, 5])
     def test_gives_an_edit_without_rows_zeros(self, edits):

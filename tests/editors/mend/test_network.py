@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from editors.mend.network import GradientNetwork, RunningStatistics
+from editors.mend.variant import Variant
 
 D_IN, D_OUT, LAYERS = 6, 4, 3
 
@@ -25,7 +26,7 @@ def some_rows(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture
 def network() -> GradientNetwork:
     torch.manual_seed(0)
-    network = GradientNetwork(D_IN, D_OUT, rank=3, layers=LAYERS)
+    network = GradientNetwork(D_IN, D_OUT, Variant(rank=3), LAYERS)
     u, delta, _ = some_rows(50, seed=1)
     network.update_statistics(u, delta)
     return network
@@ -135,7 +136,7 @@ class TestStatistics:
         assert all(torch.equal(tensor, before[name]) for name, tensor in network.named_buffers())
 
     def test_leave_out_rows_without_gradient(self, network):
-        other = GradientNetwork(D_IN, D_OUT, rank=3, layers=LAYERS)
+        other = GradientNetwork(D_IN, D_OUT, Variant(rank=3), LAYERS)
         u, delta, _ = some_rows(50, seed=1)
         nothing = torch.zeros(5, D_OUT)
         other.update_statistics(torch.cat([u, u[:5]]), torch.cat([delta, nothing]))
@@ -143,7 +144,7 @@ class TestStatistics:
             assert torch.equal(tensor, mine), name
 
     def test_are_saved_with_the_network_count_included(self, network):
-        other = GradientNetwork(D_IN, D_OUT, rank=3, layers=LAYERS)
+        other = GradientNetwork(D_IN, D_OUT, Variant(rank=3), LAYERS)
         other.load_state_dict(network.state_dict())
         u, delta, _ = some_rows(20, seed=3)
         network.update_statistics(u, delta)

@@ -80,7 +80,7 @@ def trainer(
     learnt, held_out = (Corpus(base, upper, data, own, None, processes) for data in (early, late))
     torch.manual_seed(initial)
     whole = TrainingConfig(**(SMALL | config))
-    return Trainer(MendEditor(targets, whole.rank), upper, learnt, held_out, whole, folder, processes, about)
+    return Trainer(MendEditor(targets, whole.variant), upper, learnt, held_out, whole, folder, processes, about)
 
 
 def nothing(_figures: object) -> None:

@@ -63,13 +63,6 @@ class TestPlot:
         Journal(tmp_path, None, 0).plot(curve, [])
         assert (tmp_path / PLOT).is_file()
 
-    def test_is_left_out_without_matplotlib(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-        journal = Journal(tmp_path, None, 0)
-        assert not journal.plots
-        journal.plot(Curve(), [])
-        assert list(tmp_path.iterdir()) == []
-
 
 class TestTensorBoard:
     def logged(self, folder) -> EventAccumulator:

@@ -36,7 +36,7 @@ class TestRecipe:
         card = json.loads((folder / "card.json").read_text())
         assert card["validation"] == dataclasses.asdict(figures)
         assert card["command"] == "mend train --data all.json"
-        assert card["config"]["rank"] == checkpoint.editor.rank == 4
+        assert card["config"]["rank"] == checkpoint.editor.variant.rank == 4
         assert card["step"] == 3
         assert [(entry["name"], entry["examples"]) for entry in card["training_data"]] == [("all.json", 8)]
         assert [(entry["name"], entry["examples"]) for entry in card["validation_data"]] == [("all.json", 6)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 
@@ -13,7 +14,10 @@ from editors.base_model import weights_digest
 from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable, ResumeRefused, TrainingDiverged
 from editors.mend.training.objective import LOSSES, Objective
 from editors.mend.training.trainer import CALIBRATION_STEPS, Trainer
+from editors.mend.variant import VARIANTS
 from tests.editors.mend.training.runs import assert_same_state, nothing, trainer
+
+ABLATED = ("shared", "normalise", "sides", "identity", "plain")
 
 
 class Interrupted(Exception):
@@ -32,8 +36,10 @@ def run_until(run: Trainer, step: int) -> None:
 
 
 class TestLoss:
-    def test_reaches_every_parameter_of_the_editor(self, base, tmp_path):
-        run = trainer(base, tmp_path)
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_reaches_every_parameter_of_the_editor(self, base, tmp_path, variant):
+        options = dataclasses.asdict(VARIANTS[variant])
+        run = trainer(base, tmp_path, **{name: options[name] for name in ABLATED})
         run.calibrate()
         before = {name: parameter.detach().clone() for name, parameter in run.editor.named_parameters()}
         for run.progress.step in range(2):

@@ -1,0 +1,103 @@
+"""Choose a baseline's learning rate and number of steps on validation examples, as fairly as an editor is trained.
+
+One trajectory per example and learning rate serves every number of steps. Scored teacher-forced, by the harmonic mean
+of efficacy, paraphrase, neighbour and unrelated, so that no figure can be bought with another.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from editors.base_model import BaseModel
+from editors.data import Example
+from editors.errors import DataFileError
+from editors.evaluation.cases import draw_unrelated, encoded
+from editors.evaluation.exam import Exam
+from editors.evaluation.marks import Values
+from editors.evaluation.metrics import harmonic_mean
+from editors.evaluation.reader import Reader
+from editors.finetune.method import FineTuning, Recipe
+from editors.mend.training.samples import own_samples
+from editors.targets import Target
+from editors.views import view
+
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+STEPS = (5, 10, 25)
+KL_WEIGHT = 1.0
+KL_SAMPLES = 64
+SCORED = ("efficacy, sequence", "paraphrase, sequence", "neighbour, next token", "unrelated, next token")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the grid, with its figures on the validation examples and their harmonic mean."""
+
+    recipe: Recipe
+    figures: dict[str, float]
+    score: float
+
+
+def choose(
+    base: BaseModel,
+    targets: Sequence[Target],
+    examples: Sequence[Example],
+    *,
+    kl: float = 0.0,
+    seed: int = 0,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    steps: Sequence[int] = STEPS,
+) -> tuple[FineTuning, list[Trial]]:
+    """The best baseline on the grid, and the whole grid. kl: weight of FT+KL's second term, 0 for FT.
+
+    Raises DataFileError when none of the examples has tokens.
+    """
+    usable = [example for example in examples if encoded(base, example.prompt, example.correction)]
+    if not usable:
+        raise DataFileError("there is no example to choose a baseline's learning rate on: measure fewer with --limit, "
+                            "or give --validation FILE")  # fmt: skip
+    samples = own_samples(base, KL_SAMPLES, seed) if kl else []
+    pristine = Reader(base, view(base.model), targets)
+    unrelated = draw_unrelated(usable, seed)
+    exams = [Exam(pristine, [example], [texts], decode=False) for example, texts in zip(usable, unrelated, strict=True)]
+    trials: list[Trial] = []
+    label = "ft+kl" if kl else "ft"
+    with tqdm(total=len(learning_rates) * len(usable), desc=f"choosing {label}", unit="run", disable=None) as bar:
+        for rate in learning_rates:
+            recipe = Recipe(rate, max(steps), kl)
+            tuning = FineTuning(base, targets, recipe, samples, seed=seed)
+            reader = Reader(base, tuning.model, targets)
+            marks: dict[int, list[Values]] = defaultdict(list)
+            for example, exam in zip(usable, exams, strict=True):
+                for count, values in zip(steps, _trajectory(tuning, reader, example, exam, steps), strict=True):
+                    marks[count].append(values)
+                bar.update()
+            trials += [_trial(replace(recipe, steps=count), marks[count]) for count in steps]
+    best = max(trials, key=lambda trial: trial.score)
+    return FineTuning(base, targets, best.recipe, samples, seed=seed), trials
+
+
+def _trajectory(tuning: FineTuning, reader: Reader, example: Example, exam: Exam, steps: Sequence[int]) -> list[Values]:
+    """The example's values after each number of steps; a run that stopped early stays where it was."""
+    found: dict[int, Values] = {}
+
+    def look(step: int) -> None:
+        if step in steps:
+            found[step] = exam.mark(reader)[0]
+
+    tuning.reset()
+    taken = tuning.tune([tuning.base.encode(example.prompt, example.correction)], look)
+    last = found.get(taken) or exam.mark(reader)[0]
+    return [found[count] if count < taken else last for count in steps]
+
+
+def _trial(recipe: Recipe, examples: Sequence[Values]) -> Trial:
+    figures = {}
+    for name in SCORED:
+        values = [value for example in examples for value in example.get(name, ())]
+        if values:
+            figures[name] = sum(values) / len(values)
+    return Trial(recipe, figures, harmonic_mean(list(figures.values())))
