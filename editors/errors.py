@@ -16,7 +16,10 @@
     ├── EmptyTextError              a prompt or correction without tokens
     ├── UnknownLabel                a correction that is none of a classifier's labels
     ├── ReportError                 measurements that cannot be read, compared or drawn
-    ├── TrainingDiverged            NaN or infinity in a loss; the last good checkpoint is kept
+    ├── TrainingError               a training run cannot begin or go on
+    │   ├── TrainingOptionsInvalid  options that make no sense, alone or together
+    │   ├── ResumeRefused           the run to resume had other options or other data
+    │   └── TrainingDiverged        NaN or infinity in a loss; the last good checkpoint is kept
     ├── NothingToExport             an adapter of no edits
     ├── ExportUnwritable            the disk is full, or the folder cannot be written
     └── StateError                  the exact state cannot take these factors
@@ -112,7 +115,19 @@ class ReportError(EditorsError):
     code = "report_error"
 
 
-class TrainingDiverged(EditorsError):
+class TrainingError(EditorsError):
+    code = "training_error"
+
+
+class TrainingOptionsInvalid(TrainingError):
+    code = "training_options_invalid"
+
+
+class ResumeRefused(TrainingError):
+    code = "resume_refused"
+
+
+class TrainingDiverged(TrainingError):
     code = "training_diverged"
 
 

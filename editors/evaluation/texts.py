@@ -12,7 +12,7 @@ from editors.base_model import BaseModel
 from editors.errors import DataFileError
 from editors.evaluation.reader import Reader
 from editors.factors import Factors
-from editors.mend.corpus import own_samples
+from editors.mend.training.samples import own_samples
 from editors.text import Tokens
 
 CHUNK_TOKENS = 128

@@ -22,7 +22,7 @@ from editors.evaluation.marks import Values
 from editors.evaluation.metrics import harmonic_mean
 from editors.evaluation.reader import Reader
 from editors.finetune.method import FineTuning, Recipe
-from editors.mend.corpus import own_samples
+from editors.mend.training.samples import own_samples
 from editors.targets import Target
 from editors.text import Tokens
 from editors.views import view

@@ -216,7 +216,8 @@ def _markdown(card: dict[str, Any]) -> str:
         lines += ["", "Trained by:", "", "```", card["command"], "```"]
     if "validation" in card:
         lines += ["", "Validation during training (teacher-forced):", "", "| figure | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.3f} |" for name, value in card["validation"].items()]
+        measured = {name: "not measured" if v is None else f"{v:.3f}" for name, v in card["validation"].items()}
+        lines += [f"| {name} | {value} |" for name, value in measured.items()]
     for result in card.get("results", []):
         lines += ["", f"Measured by `{result['command']}`:", "", result["table"]]
     if "config" in card:

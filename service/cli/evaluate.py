@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOption, DeviceOption
+from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOption, DeviceOption, Dtype
 
 if TYPE_CHECKING:
     from editors.base_model import BaseModel
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from editors.evaluation.methods import Method
     from editors.evaluation.protocols import Bench
     from editors.evaluation.report import Report
-
-
-class Dtype(StrEnum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 class Baseline(StrEnum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -18,8 +19,24 @@ BaseModelOption = Annotated[
     typer.Option(envvar="MEND_BASE_MODEL", help="Hub id, folder, or the packaged model's name.", show_default=True),
 ]
 DeviceOption = Annotated[str | None, typer.Option(envvar="MEND_DEVICE", help="cpu, cuda, cuda:1, …")]
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 DEFAULT_BASE_MODEL = DEFAULT_MODEL
-__all__ = ["DEFAULT_BASE_MODEL", "DEFAULT_EDITOR", "BaseModelOption", "DeviceOption", "read_settings", "with_settings"]
+__all__ = [
+    "DEFAULT_BASE_MODEL",
+    "DEFAULT_EDITOR",
+    "BaseModelOption",
+    "DeviceOption",
+    "Dtype",
+    "read_settings",
+    "with_settings",
+]
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -1,77 +1,117 @@
-"""`mend train`: train an editor for a base model."""
+"""`mend train`: train an editor for a base model. What fixes the run itself has one option per field of its config."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from editors.mend.variant import DEFAULT_VARIANT, VARIANTS
-from service.cli.options import DEFAULT_BASE_MODEL, BaseModelOption, DeviceOption
+from editors.errors import DataFileError
+from editors.mend.training.config import TrainingConfig, flag
+from service.cli.options import DEFAULT_BASE_MODEL, BaseModelOption, DeviceOption, Dtype
 
 
 def train(
-    data: Annotated[list[Path], typer.Option(help="Training file: CounterFact, zsRE or the project's JSONL.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
-    validation: Annotated[list[Path], typer.Option(help="Validation file.")] = [],  # noqa: B006 - typer's idiom
-    holdout: Annotated[int, typer.Option(help="Keep the last N examples of each training file for validation.")] = 0,
+    data: Annotated[list[Path], typer.Option(help="Training file: CounterFact, zsRE, FEVER or own JSON Lines.")] = [],  # noqa: B006 - typer's idiom
+    text: Annotated[list[Path], typer.Option(help="Plain text to make edits of: a passage, and how it goes on.")] = [],  # noqa: B006
+    validation: Annotated[list[Path], typer.Option(help="Validation file.")] = [],  # noqa: B006
+    holdout: Annotated[int, typer.Option(min=0, help="Keep the last N of each training file for validation.")] = 0,
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
     device: DeviceOption = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the base model; float32 on a CPU, bfloat16 on a GPU.", show_default=False)
+    ] = None,
     layers: Annotated[list[str], typer.Option(help="Pattern of the layers to edit, instead of the preset.")] = [],  # noqa: B006
+    passages: Annotated[int, typer.Option(min=1, help="Passages of each text, at most.")] = 2000,
+    continuation: Annotated[int, typer.Option(min=1, help="Tokens of how a passage goes on, sampled.")] = 10,
     resume: Annotated[bool, typer.Option(help="Go on from training.pt in the folder.")] = False,
+    resume_with_changes: Annotated[
+        bool, typer.Option(help="The same, even if options or data make it another run.")
+    ] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps hidden states between runs.")] = None,
-    variant: Annotated[str, typer.Option(help=f"MEND or an ablation of it: {', '.join(VARIANTS)}.")] = DEFAULT_VARIANT,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the editor's networks.")] = 512,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2400,
-    batch: Annotated[int, typer.Option(help="Independent edits in a step.")] = 24,
-    c_edit: Annotated[float, typer.Option(help="Weight of the edit loss.")] = 0.2,
-    c_neighbour: Annotated[float, typer.Option(help="Weight of the locality loss on neighbours.")] = 1.0,
-    c_unrelated: Annotated[float, typer.Option(help="Weight of the locality loss on unrelated text.")] = 2.0,
-    self_share: Annotated[float, typer.Option(help="How often an edit is scored on its own prompt.")] = 0.2,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the networks.")] = 2e-4,
-    validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 100,
-    patience: Annotated[int, typer.Option(help="Validations without improvement before stopping.")] = 20,
-    samples: Annotated[int, typer.Option(help="Texts of the model's own, for locality.")] = 1024,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16 matrix products.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Fixes the run.")] = 0,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder of TensorBoard's log.")] = None,
+    **options: Any,
 ) -> None:
-    """Train a MEND editor; stop and resume it at will."""
-    from editors.base_model import load_base_model
-    from editors.data import read_data
-    from editors.errors import DataFileError
-    from editors.mend.recipe import train as run
-    from editors.mend.training import TrainingConfig
+    """Train a MEND editor; stop and resume it at will.
 
-    if variant not in VARIANTS:
-        sys.exit(f"mend: --variant is {variant!r}, none of {', '.join(VARIANTS)}")
-    splits = [read_data(path).split(holdout) for path in data]
-    held_out = [late for _, late in splits if late.examples] + [read_data(path) for path in validation]
-    if not held_out:
+    Several processes train one editor when they are started by `torchrun` or `accelerate launch`.
+    """
+    import torch
+
+    from editors.base_model import default_device, load_base_model
+    from editors.data import read_data
+    from editors.mend.training.passages import read_passages
+    from editors.mend.training.processes import Processes
+    from editors.mend.training.recipe import train as run
+
+    config = TrainingConfig(**options)
+    if not (data or text):
+        raise DataFileError("there is nothing to train on: give --data FILE or --text FILE")
+    if not (validation or holdout):
         raise DataFileError("training needs examples to validate on: give --validation FILE or --holdout N")
-    config = TrainingConfig(
-        variant=variant,
-        rank=rank,
-        steps=steps,
-        batch=batch,
-        c_edit=c_edit,
-        c_neighbour=c_neighbour,
-        c_unrelated=c_unrelated,
-        self_share=self_share,
-        learning_rate=learning_rate,
-        validate_every=validate_every,
-        patience=patience,
-        samples=samples,
-        precision=precision,
-        seed=seed,
-    )
-    base = load_base_model(base_model, device=device)
-    command = shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
-    best = run(base, [early for early, _ in splits], held_out, config, out, layers=layers or None,
-               command=command, resume=resume, cache=cache)  # fmt: skip
-    if best:
-        typer.echo(f"best validation score {best.score:.3f}; the editor is in {out}")
-    else:
+    files = [read_data(path) for path in data]
+    validated = [read_data(path) for path in validation]
+    processes = Processes.join(device or default_device())
+    try:
+        config.require_shares(processes.count)
+        base = load_base_model(base_model, device=processes.device, dtype=getattr(torch, dtype) if dtype else None)
+        for path in text:
+            read = partial(read_passages, path, base, most=passages, tokens=continuation, seed=config.seed)
+            files.append(processes.from_main(read))
+        splits = [file.split(holdout) for file in files]
+        for file, (early, _) in zip(files, splits, strict=True):
+            if not early.examples:
+                raise DataFileError(f"nothing is left of {file.name} to train on: --holdout is {holdout}")
+        best = run(
+            base,
+            [early for early, _ in splits],
+            [late for _, late in splits if late.examples] + validated,
+            config,
+            out,
+            layers=layers or None,
+            command=shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])]),
+            resume=resume or resume_with_changes,
+            with_changes=resume_with_changes,
+            cache=cache,
+            tensorboard=tensorboard,
+            processes=processes,
+        )
+    finally:
+        processes.leave()
+    if not processes.is_main:
+        return
+    if best is None:
         typer.echo(f"nothing better than before was found; the editor in {out} is unchanged")
+        return
+    typer.echo(f"best validation score {best.score:.3f}; the editor is in {out}")
+    model = f"--base-model {shlex.quote(base_model)} " if base_model != DEFAULT_BASE_MODEL else ""
+    use = f"{model}--editor {shlex.quote(str(out))}"
+    if data and holdout:
+        typer.echo(f"  measure it   mend evaluate --data {shlex.quote(str(data[0]))} --last {holdout} {use}")
+    typer.echo(f"  serve it     mend serve {use}")
+
+
+def _signature() -> inspect.Signature:
+    """The options of this module, and one for each field of the configuration."""
+    own = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    for field in dataclasses.fields(TrainingConfig):
+        choices, no = ", ".join(field.metadata["choices"]), field.metadata["no"]
+        option = typer.Option(
+            flag(field.name) + (f"/{no}" if no else ""),
+            help=field.metadata["meaning"] + (f" One of {choices}." if choices else ""),
+        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        annotation = Annotated[type(field.default), option]
+        parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=annotation))
+    return inspect.Signature(parameters)
+
+
+train.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -29,10 +29,13 @@ def test_codes_are_unique_and_stable():
         "FactorsCorrupt": "factors_corrupt",
         "NothingToExport": "nothing_to_export",
         "ReportError": "report_error",
+        "ResumeRefused": "resume_refused",
         "StateError": "state_error",
         "StateOverflow": "state_overflow",
         "TargetsError": "targets_error",
         "TrainingDiverged": "training_diverged",
+        "TrainingError": "training_error",
+        "TrainingOptionsInvalid": "training_options_invalid",
     }
 
 

@@ -8,32 +8,20 @@ import random
 import pytest
 import torch
 
-from editors.base_model import BaseModel
-from editors.data import Example
 from editors.errors import DataFileError
-from editors.mend.corpus import Batch, Corpus, Text, locality_positions, own_samples
+from editors.mend.training.corpus import Batch, Corpus, locality_positions
 from editors.targets import resolve_targets
-from editors.text import Tokens, encode
+from editors.text import encode
 from editors.views import UpperBlocks
-from tests.editors.dense import logits
-from tests.editors.mend.examples import capitals, data_set, languages
+from tests.editors.dense import logits, predictions
+from tests.editors.mend.examples import capitals, languages
+from tests.editors.mend.training.runs import FAMILIES, SAMPLES, corpus, family_base, files
 from tests.small import adding, small_base
-
-SAMPLES = (Tokens((5, 9, 40, 41, 42)), Tokens((7, 8, 99)), Tokens((12, 13, 14, 15, 16, 17)))
-
-
-def corpus(base: BaseModel, *files: list[Example], samples: tuple = SAMPLES, cache=None) -> Corpus:
-    upper = UpperBlocks(base.model, resolve_targets(base.model))
-    return Corpus(base, upper, [data_set(examples) for examples in files], samples, cache)
 
 
 def drawn(source: Corpus, seed: str, edits: int = 64, self_share: float = 0.0) -> Batch:
-    return source.draw(random.Random(seed), edits, self_share=self_share, unrelated=2)
-
-
-@pytest.fixture(scope="module")
-def linear() -> BaseModel:
-    return small_base()
+    rng = random.Random(seed)
+    return source.draw(rng, source.choose(rng, edits), self_share=self_share, unrelated=2)
 
 
 class TestTargets:
@@ -84,8 +72,8 @@ class TestTargets:
 class TestLocality:
     def test_never_reads_the_edits_own_prompt(self, linear):
         twice = [dataclasses.replace(example, subject=None, neighbours=()) for example in capitals()[:3]] * 2
-        for files in ([capitals(), languages()], [capitals()], [twice]):
-            batch = drawn(corpus(linear, *files), "d", edits=200)
+        for data in ([capitals(), languages()], [capitals()], [twice]):
+            batch = drawn(corpus(linear, *data), "d", edits=200)
             for text, owner in zip(batch.locality, batch.locality_owner, strict=True):
                 assert text.tokens.prompt != batch.edits[owner].tokens.prompt
 
@@ -173,60 +161,76 @@ class TestDraw:
         with pytest.raises(DataFileError, match="example"):
             corpus(linear, [])
 
-
-class TestHiddenStates:
-    def test_are_those_of_the_text_alone(self, base):
-        source = corpus(base, capitals(), languages())
-        upper = UpperBlocks(base.model, resolve_targets(base.model))
-        texts = [item.edit for items in source.files for item in items] + source.samples
-        batch = source.hidden.batch(texts)
-        for row, text in zip(batch, texts, strict=True):
-            length = len(text.tokens.inputs)
-            fresh = upper.below([text.tokens.inputs])[0]
-            torch.testing.assert_close(row[:length], fresh, rtol=1e-5, atol=1e-6)
-            assert not row[length:].any()
-
-    def test_of_a_prompt_are_read_from_its_edit(self, base):
-        source = corpus(base, languages())
-        edit = source.files[0][0].edit
-        prompt = Text(Tokens(edit.tokens.prompt), edit.key)
-        assert len(edit.tokens.inputs) > len(prompt.tokens.inputs)
-        fresh = UpperBlocks(base.model, resolve_targets(base.model)).below([prompt.tokens.inputs])
-        torch.testing.assert_close(source.hidden.batch([prompt]), fresh, rtol=1e-5, atol=1e-6)
-
-    def test_survive_their_folder_bit_for_bit(self, linear, tmp_path):
-        def states(source: Corpus) -> torch.Tensor:
-            return source.hidden.batch([item.edit for items in source.files for item in items])
-
-        first = states(corpus(linear, capitals(), cache=tmp_path / "cache"))
-        (kept,) = (tmp_path / "cache").iterdir()
-        stamp = kept.stat().st_mtime_ns
-        assert torch.equal(states(corpus(linear, capitals(), cache=tmp_path / "cache")), first)
-        assert kept.stat().st_mtime_ns == stamp
-        assert torch.equal(states(corpus(linear, capitals())), first)
-
-    def test_of_other_texts_or_another_model_are_kept_apart(self, linear, tmp_path):
-        corpus(linear, capitals(), cache=tmp_path)
-        corpus(linear, languages(), cache=tmp_path)
-        corpus(small_base("conv1d"), capitals(), cache=tmp_path)
-        corpus(dataclasses.replace(linear, digest="sha256:other"), capitals(), cache=tmp_path)
-        assert len(list(tmp_path.glob("*.pt"))) == len(list(tmp_path.iterdir())) == 4
+    def test_with_a_text_that_the_model_cannot_read_says_so(self):
+        base = family_base("gpt2")
+        long = dataclasses.replace(capitals()[0], prompt="word " * 20)
+        with pytest.raises(DataFileError, match=r"more than the 64 that the model reads: 'word"):
+            corpus(base, [long])
 
 
-class TestOwnSamples:
-    def test_are_a_function_of_the_seed_and_leave_torchs_generator_alone(self, base):
-        torch.manual_seed(5)
-        expected = torch.rand(3)
-        torch.manual_seed(5)
-        one = own_samples(base, 70, seed=1)
-        assert torch.equal(torch.rand(3), expected)
-        assert one == own_samples(base, 70, seed=1)
-        assert one != own_samples(base, 70, seed=2)
+class TestGroups:
+    def test_never_have_a_prompt_twice(self, linear):
+        source = corpus(linear, capitals() * 2, languages())
+        chosen = source.choose(random.Random("n"), 60, together=6)
+        for first in range(0, 60, 6):
+            prompts = {item.edit.tokens.prompt for item in chosen[first : first + 6]}
+            assert len(prompts) == 6
 
-    def test_are_as_many_and_as_long_as_asked_and_begin_with_an_ordinary_word(self, base):
-        samples = own_samples(base, 70, seed=1)
-        assert {len(sample.inputs) for sample in samples} == {24}
-        assert len(samples) == 70
-        assert all(base.tokenizer.decode([sample.prompt[0]]).strip().isalpha() for sample in samples)
-        assert base.tokenizer.eos_token_id not in {token for sample in samples for token in sample.prompt}
-        assert own_samples(base, 0, seed=1) == []
+    def test_keep_no_text_that_one_of_them_edits(self, linear):
+        source = corpus(linear, capitals(), languages())
+        rng = random.Random("o")
+        chosen = source.choose(rng, 150, together=3)
+        batch = source.draw(rng, chosen, self_share=0.0, unrelated=2, together=3)
+        edited = [item.edit.tokens.prompt for item in chosen]
+        templates = {item.edit.tokens.prompt: item.template for items in source.files for item in items}
+        near = unrelated = 0
+        for text, owner, is_near in zip(batch.locality, batch.locality_owner, batch.locality_near, strict=True):
+            group = edited[owner - owner % 3 :][:3]
+            assert text.tokens.prompt not in group
+            if text.tokens.prompt in templates and not is_near:
+                assert templates[text.tokens.prompt] not in {templates[prompt] for prompt in group}
+                unrelated += 1
+            near += is_near
+        assert near > 20
+        assert unrelated > 5
+
+    def test_of_one_are_what_is_drawn_without_groups(self, linear):
+        source = corpus(linear, capitals(), languages())
+        one, other = random.Random("p"), random.Random("p")
+        assert source.choose(one, 20) == source.choose(other, 20, together=1)
+        chosen = source.choose(one, 20)
+        assert source.choose(other, 20) == chosen
+        drawn_one = source.draw(one, chosen, self_share=0.2, unrelated=2)
+        assert drawn_one == source.draw(other, chosen, self_share=0.2, unrelated=2, together=1)
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_of_an_encoder_decoder_are_kept_whole(self, family):
+        """So that locality is the distribution at every position of what the model itself would say."""
+        base = family_base(family)
+        source = corpus(base, *files(base))
+        batch = drawn(source, "q")
+        own = {text.tokens.prompt for text in source.samples}
+        rows, _ = locality_positions(random.Random(0), batch.locality)
+        assert set(rows) == set(range(len(batch.locality)))
+        for row, text in enumerate(batch.locality):
+            if base.kind != "encoder-decoder":
+                assert text.tokens.target == ()
+            elif text.tokens.prompt not in own:
+                said = predictions(base.model, text.tokens).argmax(-1)
+                assert tuple(said.tolist()) == text.tokens.target
+                assert rows.count(row) == len(text.tokens.target) > 0
+
+
+class TestWithoutLocalityOfItsOwn:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_data_of_one_relation_is_judged_on_what_the_model_itself_says(self, family):
+        base = family_base(family)
+        examples = [dataclasses.replace(example, neighbours=(), unrelated=()) for example in files(base)[0]]
+        if base.kind == "classifier":  # its claims have no template, so that others are unrelated to them
+            examples = examples[:1]
+        source = corpus(base, examples)
+        batch = drawn(source, "r")
+        unrelated = [t for t, near in zip(batch.locality, batch.locality_near, strict=True) if not near]
+        assert {text.tokens.prompt for text in unrelated} == {text.tokens.prompt for text in source.samples}

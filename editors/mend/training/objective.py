@@ -1,0 +1,172 @@
+"""What an editor is trained for, and how well it does: the losses of a micro-batch, the figures of a validation.
+
+For each edit: the likelihood of its correction on another wording of the prompt, and how little moves elsewhere.
+Several edits may be in force together; every text of such a group then runs under the sum of its edits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editors.capture import Capture, capture, target_losses
+from editors.mend.editor import MendEditor, Proposal
+from editors.mend.training.config import TrainingConfig
+from editors.mend.training.corpus import Batch, Corpus, locality_positions
+from editors.mend.training.hidden import Text
+from editors.text import scored_positions
+from editors.views import UpperBlocks, edited
+
+LOSSES = ("edit", "neighbour", "unrelated", "loss")
+VALIDATION_BATCH = 32
+UNRELATED = 2
+"""Unrelated texts of each edit in a validation."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Fractions, teacher-forced: every token of the correction right; same next token as the base model.
+
+    NaN where there was nothing to measure, such as neighbours in data that has none.
+    """
+
+    efficacy: float
+    paraphrase: float
+    neighbour: float
+    unrelated: float
+
+    @property
+    def score(self) -> float:
+        """Harmonic mean: no figure can be bought with another."""
+        figures = [value for value in dataclasses.astuple(self) if not math.isnan(value)]
+        return len(figures) / sum(1 / max(value, 1e-6) for value in figures)
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(base ‖ edited) per row of logits, (rows, vocabulary) -> (rows,) in nats.
+
+    Written out because the vocabulary is wide: composed of library calls it took half of a training step.
+    """
+
+    @staticmethod
+    def forward(context, edited: Tensor, base: Tensor) -> Tensor:  # noqa: ANN001 - torch's own signature
+        p, q = base.softmax(-1), edited.softmax(-1)
+        kl = (p * (base - edited)).sum(-1) - base.logsumexp(-1) + edited.logsumexp(-1)
+        context.save_for_backward(q.sub_(p))
+        return kl
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        (difference,) = context.saved_tensors
+        return difference * gradient[:, None], None
+
+
+class Objective:
+    """What `editor` is trained for on one corpus. upper: the base model's edited blocks."""
+
+    def __init__(self, editor: MendEditor, upper: UpperBlocks, corpus: Corpus, config: TrainingConfig) -> None:
+        self.editor, self.upper, self.corpus, self.config = editor, upper, corpus, config
+
+    def capture(self, batch: Batch) -> Capture:
+        """The gradients of a batch's edits, each by itself."""
+        return capture(self.upper, self.corpus.hidden.batch(batch.edits), [text.tokens for text in batch.edits])
+
+    def losses(self, batch: Batch, captured: Capture, rng: random.Random) -> Tensor:
+        """Means over the batch's edits, by `LOSSES`, (4,) in nats; the last is what is minimised.
+
+        captured: from `capture`. rng: chooses where locality is scored.
+        """
+        proposal = self._propose(captured)
+        # Targets
+        targets = [text.tokens for text in batch.targets]
+        where = scored_positions(targets, self._device)
+        logits = self._edited_logits(proposal, batch.targets, batch.target_owner, where)
+        nll = target_losses(logits, targets, where[0]).mean()
+        # Locality
+        where = tuple(torch.tensor(index, device=self._device) for index in locality_positions(rng, batch.locality))
+        with torch.no_grad(), self._precision():
+            base = self._logits(batch.locality, where)
+        changed = self._edited_logits(proposal, batch.locality, batch.locality_owner, where)
+        divergence = _Divergence.apply(changed.float(), base.float())
+        per_text = torch.zeros(len(batch.locality), device=self._device).index_add(0, where[0], divergence)
+        per_text = per_text / torch.bincount(where[0], minlength=len(batch.locality))
+        weight = torch.tensor(batch.locality_weight, device=self._device) / len(batch.edits)
+        near = torch.tensor(batch.locality_near, device=self._device)
+        neighbour = (per_text * weight * near).sum()
+        unrelated = (per_text * weight * ~near).sum()
+        c = self.config
+        loss = c.c_edit * nll + c.c_neighbour * neighbour + c.c_unrelated * unrelated
+        return torch.stack([nll, neighbour, unrelated, loss])
+
+    @torch.no_grad()
+    def validate(self) -> Validation:
+        """Figures on edits of the corpus, always the same ones."""
+        rng = random.Random("validation")
+        together = self.config.together
+        size = max(together, VALIDATION_BATCH // together * together)
+        counts = {option.name: [0, 0] for option in dataclasses.fields(Validation)}
+
+        def count(name: str, right: Tensor) -> None:
+            counts[name][0] += int(right.sum())
+            counts[name][1] += len(right)
+
+        for _ in range(math.ceil(self.config.validation_edits / size)):
+            chosen = self.corpus.choose(rng, size, together)
+            batch = self.corpus.draw(rng, chosen, self_share=0.0, unrelated=UNRELATED, together=together)
+            proposal = self._propose(self.capture(batch))
+            count("efficacy", self._says_target(proposal, batch.edits, list(range(len(batch.edits)))))
+            count("paraphrase", self._says_target(proposal, batch.targets, batch.target_owner))
+            where = scored_positions([text.tokens for text in batch.locality], self._device)
+            base = self._logits(batch.locality, where).argmax(-1)
+            now = self._edited_logits(proposal, batch.locality, batch.locality_owner, where).argmax(-1)
+            near = torch.tensor(batch.locality_near, device=self._device)[where[0]]
+            count("neighbour", (base == now)[near])
+            count("unrelated", (base == now)[~near])
+        return Validation(**{name: right / total if total else math.nan for name, (right, total) in counts.items()})
+
+    def _propose(self, captured: Capture) -> Proposal:
+        """The edits, those of a group joined to one change."""
+        with self._precision():
+            proposal = self.editor(captured)
+        together = self.config.together
+        return dataclasses.replace(
+            proposal,
+            example=tuple(example // together for example in proposal.example),
+            edits=proposal.edits // together,
+        )
+
+    def _logits(self, texts: Sequence[Text], where: tuple[Tensor, Tensor]) -> Tensor:
+        return self.upper.logits(self.corpus.hidden.batch(texts), [text.tokens for text in texts], where)
+
+    def _edited_logits(
+        self, proposal: Proposal, texts: Sequence[Text], owner: Sequence[int], where: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Logits of texts, each under the change of the group that its owner belongs to."""
+        group = [edit // self.config.together for edit in owner]
+        factored = {name: (u[group], delta[group]) for name, (u, delta) in proposal.padded(self.upper.targets).items()}
+        with self._precision(), edited(self.upper.module, self.upper.targets, factored):
+            return self._logits(texts, where)
+
+    def _says_target(self, proposal: Proposal, texts: Sequence[Text], owner: Sequence[int]) -> Tensor:
+        sequences = [text.tokens for text in texts]
+        rows, positions = scored_positions(sequences, self._device)
+        said = self._edited_logits(proposal, texts, owner, (rows, positions)).argmax(-1)
+        wanted = torch.tensor([token for tokens in sequences for token in tokens.target], device=self._device)
+        wrong = torch.zeros(len(texts), device=self._device).index_add(0, rows, (said != wanted).float())
+        return wrong == 0
+
+    @property
+    def _device(self) -> torch.device:
+        return self.editor.log_steps.device
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            yield

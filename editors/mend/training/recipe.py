@@ -1,0 +1,133 @@
+"""From data files to a checkpoint folder: what `mend train` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from editors.base_model import BaseModel
+from editors.data import DataSet
+from editors.mend.checkpoint import save_checkpoint
+from editors.mend.editor import MendEditor
+from editors.mend.training.config import TrainingConfig
+from editors.mend.training.corpus import Corpus
+from editors.mend.training.journal import Journal, require_tensorboard
+from editors.mend.training.objective import Validation
+from editors.mend.training.passages import PassageSet
+from editors.mend.training.processes import ALONE, Processes
+from editors.mend.training.samples import own_samples
+from editors.mend.training.trainer import Trainer
+from editors.targets import resolve_targets
+from editors.views import UpperBlocks
+
+VALIDATION_SAMPLES = 128
+UNSHOWN = ("learning rate",)
+"""In the terminal, where figures have three decimals."""
+
+Data = Sequence[DataSet | PassageSet]
+
+
+def train(
+    base: BaseModel,
+    training: Data,
+    validation: Data,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    layers: Sequence[str] | None = None,
+    command: str = "",
+    resume: bool = False,
+    with_changes: bool = False,
+    cache: Path | None = None,
+    tensorboard: Path | None = None,
+    processes: Processes = ALONE,
+) -> Validation | None:
+    """Train an editor and keep the best one in `folder`, with its card and a plot of the run.
+
+    layers: patterns of the layers to edit; the family's preset without any.
+    resume: go on from `folder/training.pt`, exactly as if the run had not stopped. with_changes: even where options or
+    data make it another run.
+    cache: folder that keeps hidden states for the next run on the same data. tensorboard: folder of its log.
+    processes: those that train together; only the first of them writes.
+    Returns the best validation of this run, None if none was better than before it was resumed.
+    """
+    config.require_shares(processes.count)
+    if tensorboard is not None:
+        require_tensorboard()
+    targets = resolve_targets(base.model, layers)
+    upper = UpperBlocks(base.model, targets)
+    samples = processes.from_main(lambda: own_samples(base, config.samples + VALIDATION_SAMPLES, config.seed))
+    corpus = Corpus(base, upper, training, samples[: config.samples], cache, processes)
+    held_out = Corpus(base, upper, validation, samples[config.samples :], cache, processes)
+    torch.manual_seed(config.seed)
+    editor = MendEditor(targets, config.variant).to(base.device)
+    about = {
+        "base model": base.digest,
+        "layers": ", ".join(target.name for target in targets),
+        "training data": _in_words(training),
+        "validation data": _in_words(validation),
+    }
+    trainer = Trainer(editor, upper, corpus, held_out, config, folder, processes, about)
+    for change in trainer.resume(with_changes=with_changes) if resume else ():
+        _say(f"mend: resumed with changes: {change}", processes)
+    trainer.progress.commands.append(command)
+    best: list[Validation] = []
+
+    def on_best(figures: Validation) -> None:
+        best.append(figures)
+        facts: dict[str, Any] = {
+            "command": "\n".join(trainer.progress.commands),
+            "config": dataclasses.asdict(config),
+            "training_data": [_describe(data) for data in training],
+            "validation_data": [_describe(data) for data in validation],
+            "step": trainer.progress.step,
+            "training_seconds": round(trainer.progress.seconds),
+            # JSON has no NaN: what could not be measured is null.
+            "validation": {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(figures).items()},
+            "torch": torch.__version__,
+        }
+        save_checkpoint(folder, editor, base, facts)
+
+    if not processes.is_main:
+        trainer.run(_ignore, _ignore)
+        return None
+    with (
+        Journal(folder, tensorboard, trainer.progress.step) as journal,
+        tqdm(total=config.steps, initial=trainer.progress.step, desc="training", unit="step", disable=None) as bar,
+    ):
+
+        def on_step(figures: dict[str, float]) -> None:
+            shown = {name: f"{value:.3f}" for name, value in figures.items() if name not in UNSHOWN}
+            bar.update()
+            bar.set_postfix(shown, refresh=False)
+            journal.step(trainer.progress.step, figures)
+            if "held out score" in figures:
+                bar.write(f"step {trainer.progress.step}: " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+                journal.plot(trainer.curve, trainer.progress.history)
+
+        trainer.run(on_step, on_best)
+    return best[-1] if best else None
+
+
+def _ignore(_figures: object) -> None:
+    pass
+
+
+def _say(line: str, processes: Processes) -> None:
+    if processes.is_main:
+        tqdm.write(line, file=sys.stderr)
+
+
+def _describe(data: DataSet | PassageSet) -> dict[str, Any]:
+    return {"name": data.name, "layout": data.layout, "digest": data.digest, "examples": len(data.examples)}
+
+
+def _in_words(data: Data) -> str:
+    return ", ".join(f"{d.name} ({len(d.examples)} examples, sha256:{d.digest[:12]})" for d in data)
