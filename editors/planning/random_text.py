@@ -7,7 +7,9 @@ import random
 from transformers import PreTrainedModel
 
 from editors.base_model import BaseModel
-from editors.mend.corpus import Batch, HiddenStates, Text
+from editors.mend.training.corpus import Batch
+from editors.mend.training.hidden import HiddenStates, Text
+from editors.mend.training.samples import ANSWER_TOKENS
 from editors.text import Tokens
 from editors.views import UpperBlocks
 
@@ -37,8 +39,9 @@ class RandomTexts:
         return self.base.tokens(self._draw(self._prompt), self._draw(CORRECTION_TOKENS))
 
     def kept(self) -> Tokens:
-        """A prompt whose answer must not change."""
-        return self.base.tokens(self._draw(self._prompt))
+        """A prompt whose answer must not change; an encoder-decoder's is known and scored."""
+        answer = ANSWER_TOKENS if self.base.kind == "encoder-decoder" else 0
+        return self.base.tokens(self._draw(self._prompt), self._draw(answer))
 
     def _draw(self, count: int) -> list[int]:
         return [self._random.randrange(self._words) for _ in range(count)]
@@ -54,15 +57,22 @@ class RandomCorpus:
         self.hidden = HiddenStates(upper, texts.base)
         self._edits = [self._text(texts.edit()) for _ in range(TEXTS)]
         self._kept = [self._text(texts.kept()) for _ in range(TEXTS)]
+        self.prompts = {text.tokens.prompt for text in self._edits}
         self.hidden.compute()
 
     def _text(self, tokens: Tokens) -> Text:
         return Text(tokens, self.hidden.key(tokens.inputs))
 
-    def draw(self, rng: random.Random, edits: int, *, self_share: float, unrelated: int) -> Batch:
-        """One step's batch. self_share: of no effect, since one text costs as much as another."""
-        batch = Batch(rng.choices(self._edits, k=edits))
-        for owner in range(edits):
+    def choose(self, rng: random.Random, edits: int, together: int = 1) -> list[Text]:
+        """Edits, repeated at will: what one costs does not depend on the others."""
+        return rng.choices(self._edits, k=edits)
+
+    def draw(
+        self, rng: random.Random, chosen: list[Text], *, self_share: float, unrelated: int, together: int = 1
+    ) -> Batch:
+        """The texts on which chosen edits are judged. self_share: of no effect, since all texts cost the same."""
+        batch = Batch(chosen)
+        for owner in range(len(chosen)):
             batch.targets.append(rng.choice(self._edits))
             batch.target_owner.append(owner)
             for near, count in ((True, NEIGHBOURS), (False, unrelated)):

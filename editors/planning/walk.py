@@ -5,8 +5,7 @@ The same walk is run twice: on the meta device to plan, on a real one to measure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from transformers import PreTrainedModel
 from editors.capture import Capture, capture
 from editors.factors import Factors, quantise
 from editors.mend.editor import MendEditor
-from editors.mend.training import Trainer, TrainingConfig
+from editors.mend.training.config import TrainingConfig
+from editors.mend.training.trainer import Trainer
 from editors.mend.variant import Variant
 from editors.planning.random_text import RandomCorpus, RandomTexts
 from editors.scale import search_scale
@@ -136,19 +136,11 @@ class TrainingWalk:
         self.editor = build_editor(model, targets, work.rank)
         corpus = RandomCorpus(self.upper, RandomTexts(model, work.tokens))
         config = TrainingConfig(rank=work.rank, batch=work.batch)
-        self.trainer = _Trainer(self.editor, self.upper, corpus, corpus, config, Path())
+        self.trainer = Trainer(self.editor, self.upper, corpus, corpus, config, Path())
 
     def step(self) -> None:
         self.trainer.step()
         self.trainer.progress.step += 1
-
-
-class _Trainer(Trainer):
-    """In float32 without autocast, which knows no meta device."""
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        yield
 
 
 def build_editor(model: PreTrainedModel, targets: Sequence[Target], rank: int) -> MendEditor:

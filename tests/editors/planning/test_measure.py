@@ -113,7 +113,8 @@ class TestWalk:
     def test_all_texts_are_as_long_as_the_workload_says(self, make_shape, kind):
         model = make_shape(kind).build(torch.float32, "cpu")
         corpus = TrainingWalk(model, resolve_targets(model), WORK).trainer.corpus
-        batch = corpus.draw(random.Random(0), 3, self_share=0.0, unrelated=2)
+        chosen = corpus.choose(random.Random(0), 3)
+        batch = corpus.draw(random.Random(0), chosen, self_share=0.0, unrelated=2)
         assert {len(text.tokens.inputs) for text in (*batch.edits, *batch.targets)} == {WORK.tokens}
         assert {len(text.tokens.inputs) for text in batch.locality} == {WORK.tokens - (kind == "decoder")}
         assert batch.target_owner == [0, 1, 2]
