@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from editors import DEFAULT_MODEL
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
@@ -23,12 +23,16 @@ from editors.kinds import AUTO_CLASSES, Kind, encode_for, kind_of, kind_of_confi
 from editors.packaged import packaged_folder
 from editors.text import Tokens
 
+DECODING_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+"""What of a generation config says what a text is made of, and not how it is searched for."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
     """A frozen model in evaluation mode, with its tokenizer.
 
     ref: what it was loaded from. digest: `sha256:…` of the stored weights. parameters: how many.
+    generation: how the model asks to be decoded, which an export hands on; here it is always decoded as each call says.
     """
 
     model: PreTrainedModel
@@ -36,6 +40,7 @@ class BaseModel:
     ref: str
     digest: str
     parameters: int
+    generation: GenerationConfig | None = None
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +95,7 @@ def load_base_model(
     dtype = dtype or default_dtype(device)
     source = packaged_folder(cache_dir) if ref == DEFAULT_MODEL else _checked_folder(ref)
     try:
-        kind = kind_of_config(AutoConfig.from_pretrained(source))
+        kind = kind_of_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, loading = AUTO_CLASSES[kind].from_pretrained(source, dtype="auto", output_loading_info=True)
     except BaseModelUnreadable:
@@ -102,17 +107,27 @@ def load_base_model(
         raise BaseModelUnreadable(
             f"{source} lacks the weights of {missing[0]}; fetch the model again", file=str(source)
         )
+    if getattr(model, "is_quantized", False):
+        raise BaseModelUnreadable(
+            f"{source} holds quantised weights, which cannot be edited; load a dequantised copy", file=str(source)
+        )
     digest = weights_digest(model)
     model.requires_grad_(False).eval().to(device)
-    for parameter in model.parameters():  # not the buffers: rotary frequencies must keep float32
-        parameter.data = parameter.data.to(dtype)
-    if model.can_generate():
-        # A generation config may carry sampling settings; every call here says for itself how it decodes.
-        model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    wide = getattr(model, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()
+    for name, parameter in model.named_parameters():  # not the buffers: rotary frequencies must keep float32
+        if not any(part in wide for part in name.split(".")):  # T5's would overflow
+            parameter.data = parameter.data.to(dtype)
+    generation = model.generation_config if model.can_generate() else None
+    if generation is not None:
+        # It may ask for sampling, penalties or beams; every call here says for itself how it decodes.
+        kept = {name: getattr(generation, name) for name in DECODING_TOKENS}
+        model.generation_config = GenerationConfig(do_sample=False, **kept)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return BaseModel(model, tokenizer, ref, digest, parameters)
+    return BaseModel(model, tokenizer, ref, digest, parameters, generation)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -101,7 +101,8 @@ def _continue(
     processors: LogitsProcessorList,
 ) -> list[list[int]]:
     kind = kind_of(model)
-    padding = tokenizer.pad_token_id
+    # Some classifiers find the end of a text by their own padding.
+    padding = model.config.pad_token_id if kind == "classifier" else tokenizer.pad_token_id
     # A decoder goes on from its last column; everything else reads from the first.
     ids = pad(batch, padding, device=model.device, left=kind == "decoder")
     mask = pad([[1] * len(row) for row in batch], 0, device=model.device, left=kind == "decoder")

@@ -77,6 +77,8 @@ def write_merged(base: BaseModel, weights: Mapping[str, Tensor], folder: Path) -
     Returns no facts. Raises ExportUnwritable.
     """
     model = view(base.model)  # saving writes to a model's configuration, and others are using that of the base
+    if base.generation is not None:
+        model.generation_config = base.generation
     with writing(folder):
         model.save_pretrained(folder, state_dict={**model.state_dict(), **weights})
         base.tokenizer.save_pretrained(folder)

@@ -38,6 +38,12 @@ def kind_of_config(config: PreTrainedConfig) -> Kind:
     """What a saved model is. Raises BaseModelUnreadable when it is none of the three."""
     architectures = config.architectures or []
     if any(name.endswith(CLASSIFIER) for name in architectures):
+        if config.is_encoder_decoder:
+            raise BaseModelUnreadable(
+                f"a {architectures[0]} classifies by an encoder-decoder, which is not supported; "
+                "give a classifier of one stack of blocks, such as BERT",
+                architecture=architectures[0],
+            )
         return "classifier"
     if any(name.endswith(OTHER_HEADS) for name in architectures):
         raise BaseModelUnreadable(
@@ -104,7 +110,7 @@ def label_id(model: nn.Module, name: str) -> int:
     by_name = {label.upper(): index for index, label in enumerate(names)}
     if set(by_name) == {"LABEL_0", "LABEL_1"}:
         by_name |= FEVER_LABELS
-    by_name |= {str(index): index for index in range(len(names))}
+    by_name = {str(index): index for index in range(len(names))} | by_name
     try:
         return by_name[wanted.upper()]
     except KeyError:

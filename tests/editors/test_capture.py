@@ -8,10 +8,12 @@ from torch import Tensor
 
 from editors.base_model import BaseModel, weights_digest
 from editors.capture import Capture, capture, target_losses
+from editors.errors import TargetsError
 from editors.targets import resolve_targets
 from editors.text import Tokens, scored_positions
 from editors.views import UpperBlocks
 from tests.editors.dense import FACTS, encoded, gradients, logits, loss
+from tests.editors.families import family_model, family_sequences
 from tests.small import small_base
 
 
@@ -73,6 +75,31 @@ class TestGradient:
             moves = precise != 0
             assert moves.any()
             assert (rounded[moves] != 0).float().mean() > 0.95
+
+
+class TestOtherLayers:
+    @pytest.mark.parametrize("family", ["t5", "bart"])
+    @pytest.mark.parametrize("part", ["q", "k", "v"])
+    def test_cross_attention_is_captured_where_it_reads(self, family, part):
+        """Its keys and values read the encoder's tokens, though they are part of the decoder."""
+        model = family_model(family, torch.float64)
+        pattern = rf"EncDecAttention\.{part}$" if family == "t5" else rf"encoder_attn\.{part}_proj$"
+        targets, sequences = resolve_targets(model, [pattern]), family_sequences(model)
+        upper = UpperBlocks(model, targets)
+        rows = capture(upper, upper.below([tokens.inputs for tokens in sequences]), sequences)
+        for number, tokens in enumerate(sequences):
+            found = gradients(model, targets, tokens)
+            for u, delta, owner, expected in zip(rows.u, rows.delta, rows.example, found, strict=True):
+                assert_same(delta[owner == number].T @ u[owner == number], expected)
+
+    def test_that_run_several_times_in_a_pass_are_refused(self):
+        model = small_base().model
+        layers = model.model.layers
+        layers[2].mlp = layers[3].mlp
+        with pytest.raises(
+            TargetsError, match=r"up_proj is not used exactly once on every token \(it runs 2"
+        ):
+            UpperBlocks(model, resolve_targets(model, [r"\.2\.mlp\.up_proj"]))
 
 
 class TestPadding:

@@ -89,6 +89,10 @@ class TestClassifier:
         with pytest.raises(UnknownLabel, match=r"'SUPPORTS' is no label.*true, false"):
             label_id(base.model, "SUPPORTS")
 
+    def test_labels_that_are_numbers_are_names_first(self, base):
+        base.model.config.id2label = {0: "1", 1: "0"}
+        assert [label_id(base.model, name) for name in ("1", "0")] == [0, 1]
+
     @pytest.mark.parametrize("name", ["Oslo", "", "2", "-1"])
     def test_any_other_label_is_refused_with_those_that_there_are(self, base, name):
         with pytest.raises(UnknownLabel, match="its labels are LABEL_0, LABEL_1"):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -166,7 +166,7 @@ class Objective:
     def _device(self) -> torch.device:
         return self.editor.log_steps.device
 
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            yield
+    def _precision(self) -> AbstractContextManager:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16)

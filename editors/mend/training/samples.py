@@ -37,6 +37,8 @@ def own_samples(base: BaseModel, count: int, seed: int) -> list[Tokens]:
     length = {"decoder": 1, "encoder-decoder": SAMPLE_TOKENS // 3, "classifier": SAMPLE_TOKENS}[base.kind]
     generator = torch.Generator().manual_seed(seed)
     beginnings = ordinary[torch.randint(len(ordinary), (count, length), generator=generator)].tolist()
+    if base.kind != "decoder":  # they know a text by the special tokens around it
+        beginnings = [list(base.encode(tokenizer.decode(beginning)).prompt) for beginning in beginnings]
     if base.kind == "classifier":
         return [base.tokens(beginning) for beginning in beginnings]
     written = sample(base, beginnings, SAMPLE_TOKENS - length, seed, "own samples")
