@@ -35,7 +35,7 @@ def train(
     resume_with_changes: Annotated[
         bool, typer.Option(help="The same, even if options or data make it another run.")
     ] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps hidden states between runs.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps what is slow to prepare.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder of TensorBoard's log.")] = None,
     **options: Any,
 ) -> None:
@@ -63,7 +63,7 @@ def train(
         config.require_shares(processes.count)
         base = load_base_model(base_model, device=processes.device, dtype=getattr(torch, dtype) if dtype else None)
         for path in text:
-            read = partial(read_passages, path, base, most=passages, tokens=continuation, seed=config.seed)
+            read = partial(read_passages, path, base, most=passages, tokens=continuation, seed=config.seed, cache=cache)
             files.append(processes.from_main(read))
         splits = [file.split(holdout) for file in files]
         for file, (early, _) in zip(files, splits, strict=True):

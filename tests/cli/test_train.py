@@ -265,6 +265,10 @@ class TestRefusals:
         assert said in code
         assert not (tmp_path / "mine").exists()
 
+    def test_of_a_folder_that_cannot_be(self, mend, models, facts, tmp_path):
+        code, _, _ = mend(*train(facts, models, facts / "mine"))
+        assert code == f"mend: --out is {facts / 'mine'}, but {facts} is not a folder; name another folder"
+
     def test_of_an_unknown_dtype(self, mend, models, facts, tmp_path):
         code, _, err = mend(*train(facts, models, tmp_path / "mine"), "--dtype", "float8")
         assert code == 2

@@ -55,7 +55,7 @@ class Corpus:
     """Encoded data sets, from which training batches are drawn.
 
     Files are mixed by the square root of their size, so that a small one is heard beside a large one.
-    samples: unrelated text beside that of the data. cache: folder that keeps hidden states between runs.
+    samples: unrelated text beside that of the data. cache: folder that keeps hidden states and answers between runs.
     processes: those that share the work of preparing it; all of them hold all of it.
     """
 
@@ -85,7 +85,7 @@ class Corpus:
         if base.kind == "encoder-decoder":
             # Without an answer only the first token of what it says could be kept.
             kept = (text.tokens.prompt for item in items for text in (*item.neighbours, *item.unrelated))
-            self._answers = own_answers(base, {*self.prompts, *kept}, processes)
+            self._answers = own_answers(base, {*self.prompts, *kept}, cache, processes)
         self.hidden.compute()
 
     def _text(self, tokens: Tokens) -> Text:

@@ -7,16 +7,15 @@ many processes share the work: that is what makes a resumed run equal to an unin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from editors.base_model import BaseModel
+from editors.mend.training.cache import cached
 from editors.mend.training.processes import ALONE, Processes
 from editors.text import Tokens
 from editors.views import UpperBlocks
@@ -54,37 +53,9 @@ class HiddenStates:
     def compute(self) -> None:
         """Run the lower blocks over every text; each process takes its share of the batches."""
         texts = list(self._keys)
-        file = self._file(texts)
-        flat = None if file is None else self._kept(file)  # (tokens of all texts, width)
-        if flat is None:
-            flat = self._computed(texts)
-            if file is not None and self._processes.is_main:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                draft = file.with_suffix(".draft")
-                torch.save(flat, draft)
-                draft.replace(file)
+        key = ("hidden states", self._identity, texts)
+        flat = cached(self._cache, key, lambda: self._computed(texts), self._processes)  # (tokens of all texts, width)
         self._states = list(flat.split([len(text) for text in texts]))
-
-    def _file(self, texts: list[tuple[int, ...]]) -> Path | None:
-        if self._cache is None:
-            return None
-        return self._cache / f"{hashlib.sha256(repr((self._identity, texts)).encode()).hexdigest()}.pt"
-
-    def _kept(self, file: Path) -> Tensor | None:
-        """What an earlier run has kept; the main process reads it and the others are sent it."""
-        read: list[Tensor] = []
-
-        def look() -> tuple[torch.Size, torch.dtype] | None:
-            if not file.is_file():
-                return None
-            read.append(torch.load(file, weights_only=True))
-            return read[0].shape, read[0].dtype
-
-        found = self._processes.from_main(look)
-        if found is None:
-            return None
-        shape, dtype = found
-        return self._processes.unite(read[0] if read else torch.zeros(shape, dtype=dtype))
 
     def _computed(self, texts: list[tuple[int, ...]]) -> Tensor:
         order = sorted(range(len(texts)), key=lambda key: (len(texts[key]), key))

@@ -22,7 +22,7 @@ from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Batch, Corpus, locality_positions
 from editors.mend.training.hidden import Text
 from editors.text import scored_positions
-from editors.views import UpperBlocks, edited
+from editors.views import Factored, UpperBlocks, edited
 
 LOSSES = ("edit", "neighbour", "unrelated", "loss")
 VALIDATION_BATCH = 32
@@ -83,17 +83,17 @@ class Objective:
 
         captured: from `capture`. rng: chooses where locality is scored.
         """
-        proposal = self._propose(captured)
+        changes = self._propose(captured)
         # Targets
         targets = [text.tokens for text in batch.targets]
         where = scored_positions(targets, self._device)
-        logits = self._edited_logits(proposal, batch.targets, batch.target_owner, where)
+        logits = self._edited_logits(changes, batch.targets, batch.target_owner, where)
         nll = target_losses(logits, targets, where[0]).mean()
         # Locality
         where = tuple(torch.tensor(index, device=self._device) for index in locality_positions(rng, batch.locality))
         with torch.no_grad(), self._precision():
             base = self._logits(batch.locality, where)
-        changed = self._edited_logits(proposal, batch.locality, batch.locality_owner, where)
+        changed = self._edited_logits(changes, batch.locality, batch.locality_owner, where)
         divergence = _Divergence.apply(changed.float(), base.float())
         per_text = torch.zeros(len(batch.locality), device=self._device).index_add(0, where[0], divergence)
         per_text = per_text / torch.bincount(where[0], minlength=len(batch.locality))
@@ -120,44 +120,48 @@ class Objective:
         for _ in range(math.ceil(self.config.validation_edits / size)):
             chosen = self.corpus.choose(rng, size, together)
             batch = self.corpus.draw(rng, chosen, self_share=0.0, unrelated=UNRELATED, together=together)
-            proposal = self._propose(self.capture(batch))
-            count("efficacy", self._says_target(proposal, batch.edits, list(range(len(batch.edits)))))
-            count("paraphrase", self._says_target(proposal, batch.targets, batch.target_owner))
+            changes = self._propose(self.capture(batch))
+            count("efficacy", self._says_target(changes, batch.edits, list(range(len(batch.edits)))))
+            count("paraphrase", self._says_target(changes, batch.targets, batch.target_owner))
             where = scored_positions([text.tokens for text in batch.locality], self._device)
             base = self._logits(batch.locality, where).argmax(-1)
-            now = self._edited_logits(proposal, batch.locality, batch.locality_owner, where).argmax(-1)
+            now = self._edited_logits(changes, batch.locality, batch.locality_owner, where).argmax(-1)
             near = torch.tensor(batch.locality_near, device=self._device)[where[0]]
             count("neighbour", (base == now)[near])
             count("unrelated", (base == now)[~near])
         return Validation(**{name: right / total if total else math.nan for name, (right, total) in counts.items()})
 
-    def _propose(self, captured: Capture) -> Proposal:
-        """The edits, those of a group joined to one change."""
+    def _propose(self, captured: Capture) -> Factored:
+        """The changes to run texts under, one for each group of edits: the sum of theirs."""
         with self._precision():
             proposal = self.editor(captured)
         together = self.config.together
-        return dataclasses.replace(
-            proposal,
-            example=tuple(example // together for example in proposal.example),
-            edits=proposal.edits // together,
+        # Targets that see the same rows share one tensor, and go on doing so.
+        group = {id(example): example // together for example in proposal.example}
+        joined = Proposal(
+            proposal.u,
+            proposal.delta,
+            tuple(group[id(example)] for example in proposal.example),
+            proposal.edits // together,
         )
+        return joined.padded(self.upper.targets)
 
     def _logits(self, texts: Sequence[Text], where: tuple[Tensor, Tensor]) -> Tensor:
         return self.upper.logits(self.corpus.hidden.batch(texts), [text.tokens for text in texts], where)
 
     def _edited_logits(
-        self, proposal: Proposal, texts: Sequence[Text], owner: Sequence[int], where: tuple[Tensor, Tensor]
+        self, changes: Factored, texts: Sequence[Text], owner: Sequence[int], where: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Logits of texts, each under the change of the group that its owner belongs to."""
         group = [edit // self.config.together for edit in owner]
-        factored = {name: (u[group], delta[group]) for name, (u, delta) in proposal.padded(self.upper.targets).items()}
+        factored = {name: (u[group], delta[group]) for name, (u, delta) in changes.items()}
         with self._precision(), edited(self.upper.module, self.upper.targets, factored):
             return self._logits(texts, where)
 
-    def _says_target(self, proposal: Proposal, texts: Sequence[Text], owner: Sequence[int]) -> Tensor:
+    def _says_target(self, changes: Factored, texts: Sequence[Text], owner: Sequence[int]) -> Tensor:
         sequences = [text.tokens for text in texts]
         rows, positions = scored_positions(sequences, self._device)
-        said = self._edited_logits(proposal, texts, owner, (rows, positions)).argmax(-1)
+        said = self._edited_logits(changes, texts, owner, (rows, positions)).argmax(-1)
         wanted = torch.tensor([token for tokens in sequences for token in tokens.target], device=self._device)
         wrong = torch.zeros(len(texts), device=self._device).index_add(0, rows, (said != wanted).float())
         return wrong == 0

@@ -45,7 +45,9 @@ class PassageSet:
         return replace(self, examples=self.examples[:edge]), replace(self, examples=self.examples[edge:])
 
 
-def read_passages(path: Path, base: BaseModel, *, most: int, tokens: int, seed: int) -> PassageSet:
+def read_passages(
+    path: Path, base: BaseModel, *, most: int, tokens: int, seed: int, cache: Path | None = None
+) -> PassageSet:
     """Make edits of a text file.
 
     most: passages, chosen at random among more. tokens: length of each correction, sampled at temperature 1.
@@ -70,7 +72,7 @@ def read_passages(path: Path, base: BaseModel, *, most: int, tokens: int, seed: 
     if len(passages) > most:
         passages = [passages[index] for index in sorted(rng.sample(range(len(passages)), most))]
     prompts = [base.encode(passage).prompt for passage in passages]
-    corrections = sample(base, prompts, tokens, seed, f"continuations of {path.name}")
+    corrections = sample(base, prompts, tokens, seed, f"continuations of {path.name}", cache)
     return PassageSet(
         path.name,
         hashlib.sha256(raw).hexdigest(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from editors.base_model import BaseModel
 from editors.data import DataSet
+from editors.errors import TrainingOptionsInvalid
 from editors.mend.checkpoint import save_checkpoint
 from editors.mend.editor import MendEditor
 from editors.mend.training.config import TrainingConfig
@@ -54,16 +56,18 @@ def train(
     layers: patterns of the layers to edit; the family's preset without any.
     resume: go on from `folder/training.pt`, exactly as if the run had not stopped. with_changes: even where options or
     data make it another run.
-    cache: folder that keeps hidden states for the next run on the same data. tensorboard: folder of its log.
-    processes: those that train together; only the first of them writes.
+    cache: folder that keeps samples, answers and hidden states for the next run on the same data.
+    tensorboard: folder of its log. processes: those that train together; only the first of them writes.
     Returns the best validation of this run, None if none was better than before it was resumed.
+    Raises TrainingOptionsInvalid, DataFileError, ResumeRefused or TrainingDiverged, each saying what to do.
     """
     config.require_shares(processes.count)
+    _require_writable(folder)
     if tensorboard is not None:
         require_tensorboard()
     targets = resolve_targets(base.model, layers)
     upper = UpperBlocks(base.model, targets)
-    samples = processes.from_main(lambda: own_samples(base, config.samples + VALIDATION_SAMPLES, config.seed))
+    samples = processes.from_main(lambda: own_samples(base, config.samples + VALIDATION_SAMPLES, config.seed, cache))
     corpus = Corpus(base, upper, training, samples[: config.samples], cache, processes)
     held_out = Corpus(base, upper, validation, samples[config.samples :], cache, processes)
     torch.manual_seed(config.seed)
@@ -114,6 +118,14 @@ def train(
 
         trainer.run(on_step, on_best)
     return best[-1] if best else None
+
+
+def _require_writable(folder: Path) -> None:
+    """What cannot be written is said before anything is computed, not at the first validation."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "cannot be written to" if nearest.is_dir() else "is not a folder"
+        raise TrainingOptionsInvalid(f"--out is {folder}, but {nearest} {why}; name another folder", option="out")
 
 
 def _ignore(_figures: object) -> None:

@@ -64,6 +64,12 @@ class TestTwoProcesses:
             assert each["answers"] == alone["answers"]
         assert bool(alone["answers"]) == (family == "t5")
 
+    def test_resume_what_the_main_one_reads(self, found):
+        for each in found[:3]:
+            step, editor = each["llama 2"]["resumed"]
+            assert step == 6
+            assert_same_state(editor, each["llama 2"]["editor"])
+
     def test_log_and_save_on_the_main_one_only(self, found):
         _, main, other, folder = found
         assert len(main["llama 2"]["told"]) == 6

@@ -50,7 +50,10 @@ def trained(processes: Processes, folder: Path, family: str, accumulate: int) ->
     run = trainer(family_base(family), folder, processes=processes, accumulate=accumulate)
     losses: list[dict[str, float]] = []
     run.run(losses.append, nothing)
+    again = trainer(family_base(family), folder, initial=9, processes=processes, accumulate=accumulate)
+    again.resume()
     return {
+        "resumed": [again.progress.step, again.editor.state_dict()],
         "editor": run.editor.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "history": run.progress.history,
