@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import statistics
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import psutil
 import torch
@@ -23,7 +21,7 @@ from editors.errors import BaseModelUnreadable
 from editors.planning.machine import finish
 from editors.planning.plan import TRAINING
 from editors.planning.shapes import TINY, Shape
-from editors.planning.walk import EditWalk, TrainingWalk, Workload
+from editors.planning.walk import FORWARD, EditWalk, TrainingWalk, Workload, read
 from editors.targets import resolve_targets
 
 SAMPLED_EVERY_S = 0.001
@@ -31,12 +29,15 @@ SAMPLED_EVERY_S = 0.001
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds, peak_bytes: of each lap of a plan, by its name; the median of several rounds, and of one round.
+    """Of the laps of a plan, by their names.
 
+    seconds: median of several rounds. forward_passes: median of what a lap took over what a forward pass took in the
+    same round, which is to be trusted more where a machine has other things to do. peak_bytes: of one round.
     serving_bytes, training_bytes: held between edits, and between training steps. factors_bytes: of one edit.
     """
 
     seconds: dict[str, float]
+    forward_passes: dict[str, float]
     peak_bytes: dict[str, int]
     serving_bytes: int
     training_bytes: int
@@ -57,44 +58,46 @@ def measure(
     """
     _run_once(TINY, dtype, device)  # so that code and libraries are loaded, which is no part of what is measured
     memory = _Memory(device)
-    seconds: dict[str, list[float]] = defaultdict(list)
-    peaks: dict[str, int] = {}
-
-    def time_lap(name: str, step: Callable[[], None]) -> None:
-        finish(device)
-        start = time.perf_counter()
-        step()
-        finish(device)
-        seconds[name].append(time.perf_counter() - start)
-
-    def weigh_lap(name: str, step: Callable[[], None]) -> None:
-        with memory.peak() as peak:
-            step()
-            finish(device)
-        peaks[name] = peak()
-
     model = shape.build(dtype, device)
     targets = resolve_targets(model, patterns)
     edit = EditWalk(model, targets, work)
+    tokens = edit.tokens
     if not edit.forward().isfinite().all():
         raise BaseModelUnreadable(
             f"with random weights in {dtype} the logits of {shape.name} are not finite; try another --dtype",
             file=shape.name,
         )
-    for number in range(rounds + 1):
-        for name, step in edit.steps.items():
-            (time_lap if number else weigh_lap)(name, step)
-        factors_bytes = len(edit.factors.to_bytes())
-        edit.take_back()
+    peaks = {name: memory.peak_of(step) for name, step in edit.steps.items()}
+    factors_bytes = len(edit.factors.to_bytes())
+    edit.take_back()
     serving_bytes = memory.held()
-    del edit, step
+    edits = []
+    for _ in range(rounds):
+        edits.append({name: _time(step, device) for name, step in edit.steps.items()})
+        edit.take_back()
+    del edit
     training = TrainingWalk(model, targets, work)
     training.step()  # as the plan does: its first step holds less than those that follow
-    weigh_lap(TRAINING, training.step)
-    for _ in range(rounds):
-        time_lap(TRAINING, training.step)
-    medians = {name: statistics.median(laps) for name, laps in seconds.items()}
-    return Measured(medians, peaks, serving_bytes, memory.held(), factors_bytes)
+    peaks[TRAINING] = memory.peak_of(training.step)
+    pair = {FORWARD: lambda: read(model, tokens), TRAINING: training.step}
+    steps = [{name: _time(step, device) for name, step in pair.items()} for _ in range(rounds)]
+    laps = {**dict.fromkeys(edits[0], edits), TRAINING: steps}
+    return Measured(
+        seconds={name: median(lap[name] for lap in taken) for name, taken in laps.items()},
+        forward_passes={name: median(lap[name] / lap[FORWARD] for lap in taken) for name, taken in laps.items()},
+        peak_bytes=peaks,
+        serving_bytes=serving_bytes,
+        training_bytes=memory.held(),
+        factors_bytes=factors_bytes,
+    )
+
+
+def _time(step: Callable[[], object], device: torch.device) -> float:
+    finish(device)
+    start = time.perf_counter()
+    step()
+    finish(device)
+    return time.perf_counter() - start
 
 
 def _run_once(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -120,14 +123,13 @@ class _Memory:
         _return_free_memory(self._device)
         return self._now()
 
-    @contextmanager
-    def peak(self) -> Iterator[Callable[[], int]]:
-        """Yields what to ask, afterwards, for the most bytes that were in use inside."""
+    def peak_of(self, step: Callable[[], object]) -> int:
+        """The most bytes that are in use while a step runs."""
         highest = self.held()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-            yield lambda: torch.cuda.max_memory_allocated(self._device) - self._before
-            return
+            step()
+            return torch.cuda.max_memory_allocated(self._device) - self._before
         ended = threading.Event()
 
         def sample() -> None:
@@ -138,11 +140,11 @@ class _Memory:
         thread = threading.Thread(target=sample, daemon=True)
         thread.start()
         try:
-            yield lambda: highest
+            step()
         finally:
             ended.set()
             thread.join()
-            highest = max(highest, self._now())
+        return max(highest, self._now())
 
     def _now(self) -> int:
         if self._device.type == "cuda":

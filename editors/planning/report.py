@@ -142,12 +142,13 @@ def _compared_memory(plan: Plan, measured: Measured) -> Iterable[Row]:
 
 def _compared_times(plan: Plan, machine: Machine, measured: Measured) -> Iterable[Row]:
     planned = _with_sum({name: machine.seconds(lap) for name, lap in plan.laps.items()})
-    for name, found in (seconds := _with_sum(measured.seconds)).items():
-        passes, measured_passes = planned[name] / planned[FORWARD], found / seconds[FORWARD]
+    found, passes = _with_sum(measured.seconds), _with_sum(measured.forward_passes)
+    for name, seconds in planned.items():
+        expected = seconds / planned[FORWARD]
         yield (
             name,
-            *map(_milliseconds, (planned[name], found)),
-            *(f"{value:.2f}" for value in (passes, measured_passes, measured_passes / passes)),
+            *map(_milliseconds, (seconds, found[name])),
+            *(f"{value:.2f}" for value in (expected, passes[name], passes[name] / expected)),
         )
 
 

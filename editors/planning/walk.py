@@ -23,6 +23,7 @@ from editors.planning.random_text import RandomCorpus, RandomTexts
 from editors.scale import search_scale
 from editors.state import SumState
 from editors.targets import Target
+from editors.text import Tokens
 from editors.views import UpperBlocks, view
 
 FORWARD, QUANTISE, DIGEST = "forward pass", "quantise", "digest"
@@ -76,16 +77,9 @@ class EditWalk:
             "publish": self._publish,
         }
 
-    @torch.no_grad()
     def forward(self) -> Tensor:
-        """Logits of the texts that an edit reads: what every cost is compared with."""
-        inputs = {"input_ids": self._ids(self.tokens.inputs)}
-        if self.tokens.decoder_inputs:
-            inputs["decoder_input_ids"] = self._ids(self.tokens.decoder_inputs)
-        return self.base(**inputs).logits
-
-    def _ids(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor([ids], device=self.base.device)
+        """Logits of what an edit reads."""
+        return read(self.base, self.tokens)
 
     def _below(self) -> None:
         self._hidden = self.pristine.below([self.tokens.inputs])
@@ -126,6 +120,13 @@ class EditWalk:
         self.state.write(self.base, self.candidate)
         self._publish()
         del self._hidden, self.rows, self.factors
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, tokens: Tokens) -> Tensor:
+    """A plain forward pass, with which every cost is compared. Returns logits of all positions."""
+    inputs = {"input_ids": tokens.inputs, "decoder_input_ids": tokens.decoder_inputs}
+    return model(**{name: torch.tensor([ids], device=model.device) for name, ids in inputs.items() if ids}).logits
 
 
 class TrainingWalk:

@@ -59,7 +59,9 @@ def measured(make_shape, kind):
 
 class TestMeasure:
     def test_has_every_step_of_the_plan(self, planned, measured):
-        assert list(measured.seconds) == list(measured.peak_bytes) == list(planned.laps)
+        for figures in (measured.seconds, measured.forward_passes, measured.peak_bytes):
+            assert list(figures) == list(planned.laps)
+        assert measured.forward_passes["forward pass"] == 1
         assert all(seconds > 0 for seconds in measured.seconds.values())
         assert 0 < measured.factors_bytes <= planned.held.factors
 
@@ -85,9 +87,8 @@ class TestMemory:
         memory = _Memory(CPU)
         kept = torch.ones(64 * MIB, dtype=torch.uint8)
         assert memory.held() / MIB == pytest.approx(64, abs=8)
-        with memory.peak() as peak:
-            torch.ones(128 * MIB, dtype=torch.uint8).amax()
-        assert peak() / MIB == pytest.approx(64 + 128, abs=16)
+        peak = memory.peak_of(lambda: torch.ones(128 * MIB, dtype=torch.uint8).amax())
+        assert peak / MIB == pytest.approx(64 + 128, abs=16)
         del kept
         assert memory.held() / MIB == pytest.approx(0, abs=8)
 
