@@ -81,7 +81,7 @@ def choose(
                     marks[count].append(values)
                 bar.update()
             trials += [_trial(replace(recipe, steps=count), marks[count]) for count in steps]
-    best = max(trials, key=lambda trial: trial.score)
+    best = max(trials, key=lambda trial: (trial.score, trial.recipe.steps))  # equal scores: more steps fail less often
     return FineTuning(base, targets, best.recipe, samples, seed=seed), trials
 
 
