@@ -96,9 +96,7 @@ class TestOtherLayers:
         model = small_base().model
         layers = model.model.layers
         layers[2].mlp = layers[3].mlp
-        with pytest.raises(
-            TargetsError, match=r"up_proj is not used exactly once on every token \(it runs 2"
-        ):
+        with pytest.raises(TargetsError, match=r"up_proj is not used exactly once on every token \(it runs 2"):
             UpperBlocks(model, resolve_targets(model, [r"\.2\.mlp\.up_proj"]))
 
 
