@@ -26,7 +26,11 @@ AT_START = {
     "checkpoint_unreadable", "base_model_mismatch", "targets_error", "embedded_redis_error",
 }  # fmt: skip
 """End the process before it is ready; a Redis that cannot be brought back later is said by /readyz."""
-IN_TRAINING = {"data_file_error", "training_diverged"}
+OF_COMMANDS = {
+    "data_file_error", "report_error", "training_error", "training_options_invalid", "resume_refused",
+    "training_diverged", "archive_unreadable", "archive_unsafe", "archive_mismatch",
+}  # fmt: skip
+"""Of training, evaluation and checkpoints, which no client meets."""
 INSIDE = {"factors_corrupt"}
 """Told to a client as `ledger_diverged`, since it is the ledger that holds them."""
 OF_HTTP = {
@@ -51,7 +55,7 @@ def codes_of_errors() -> dict[str, type]:
 
 class TestCodes:
     def test_of_every_error_that_can_reach_a_client_have_a_status(self):
-        elsewhere = BASES | AT_START | IN_TRAINING | INSIDE
+        elsewhere = BASES | AT_START | OF_COMMANDS | INSIDE
         codes = set(codes_of_errors())
         assert elsewhere <= codes
         assert codes - elsewhere == set(STATUS_BY_CODE) - OF_HTTP

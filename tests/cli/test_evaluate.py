@@ -95,7 +95,7 @@ class TestEvaluate:
         ]
         assert found[0]["figures"]["perplexity"]["count"] > 1
         grid = found[4]["grid"]
-        best = max(grid, key=lambda trial: trial["score"])
+        best = max(grid, key=lambda trial: (trial["score"], trial["recipe"]["steps"]))
         assert best["recipe"] == found[4]["recipe"] == found[5]["recipe"]
         written = sorted(path.name for path in (folders / "plots").iterdir())
         assert written == ["data-accumulated.png", "data-batched.png", "data-single.png"]
