@@ -37,7 +37,7 @@ def compare(
     else:
         pairs = pair(read_report(one), read_report(two))
     for first, second in pairs:
-        names = [f"{path.stem} ({entry['method']})" for path, entry in ((one, first), (two, second))]
+        names = [f"{path.name} ({entry['method']})" for path, entry in ((one, first), (two, second))]
         typer.echo(f"\n{first['data']}, {first['setting']}: {first['examples']} edits\n")
         typer.echo(table(*names, compare_entries(first, second)) + "\n")
 

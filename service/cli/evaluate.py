@@ -62,6 +62,7 @@ def evaluate(
     from editors.mend.checkpoint import load_checkpoint
     from editors.mend.checkpoint import write_card as write
 
+    _require_room(report, plots)
     files = [read_data(path) for path in data]
     held_out = read_data(validation).examples if validation else None
     base = load_base_model(base_model, device=device, dtype=getattr(torch, dtype) if dtype else None)
@@ -91,11 +92,11 @@ def evaluate(
                 typer.echo(f"\n{heading}\n\n{measured.table()}\n")
                 reports.append(measured)
                 results.append({**about, **facts, **measured.to_json(), "table": f"{heading}:\n\n{measured.table()}"})
+                if report:  # after each, so that a later failure loses nothing
+                    report.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         if plots:
             for path in draw_plots(reports, plots, Path(file.name).stem):
                 typer.echo(f"plot: {path}")
-    if report:
-        report.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if write_card:
         again = {_about(result) for result in results}
         kept = [result for result in checkpoint.card.get("results", []) if _about(result) not in again]
@@ -106,6 +107,16 @@ def evaluate(
 def _about(result: dict[str, Any]) -> tuple[str, str, str]:
     """What a result is of; cards of old know of MEND's single edits alone."""
     return result["data"], result.get("method", "mend"), result.get("setting", "single")
+
+
+def _require_room(report: Path | None, plots: Path | None) -> None:
+    """Measuring takes long: where its results cannot go is said before. Raises ReportError."""
+    from editors.errors import ReportError
+
+    if report and (report.is_dir() or not report.parent.is_dir()):
+        raise ReportError(f"cannot write the report {report}: give a file in a folder that there is", file=str(report))
+    if plots and plots.exists() and not plots.is_dir():
+        raise ReportError(f"cannot draw into {plots}: it is a file, give a folder", file=str(plots))
 
 
 def _chosen(file: DataSet, last: int | None, limit: int | None) -> tuple[Sequence[Example], Sequence[Example]]:

@@ -150,6 +150,14 @@ class TestEvaluate:
             evaluate(run, "--limit 14", arguments)
 
 
+class TestReport:
+    @pytest.mark.parametrize("option", ["--report", "--plots"])
+    def test_says_before_measuring_that_results_have_nowhere_to_go(self, run, option):
+        wrong = "nowhere/report.json" if option == "--report" else "data.jsonl"
+        with pytest.raises(SystemExit, match=r"^mend: cannot (write the report|draw into)"):
+            evaluate(run, "--limit", "1", option, wrong)
+
+
 class TestCompare:
     def test_puts_two_editors_side_by_side(self, run):
         out = run("compare", "one", "two", "--data", "data.jsonl", "--base-model", "./base", "--limit", "5")

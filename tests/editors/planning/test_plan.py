@@ -94,8 +94,8 @@ class TestBytesThatStay:
         model = make_shape(kind).build(torch.float32, "cpu")
         walk = EditWalk(model, resolve_targets(model), WORK)
         rows = {
-            target.name: tuple(torch.randn(walk.pristine.rows_seen(target, [walk.tokens])[0], d) for d in target.shape)
-            for target in walk.targets
+            target.name: tuple(torch.randn(walk.pristine.rows_seen(short, [walk.tokens])[0], d) for d in target.shape)
+            for target, short in zip(walk.targets, walk.pristine.targets, strict=True)
         }
         assert planned.held.factors == len(quantise(rows).to_bytes())
 
@@ -118,7 +118,7 @@ class TestSteps:
         edit = EditWalk(model, resolve_targets(model), WORK)
         real = {name: flops_of(step) for name, step in edit.steps.items()}
         stored = sum(layer.rows for layer in edit.factors.layers.values())
-        every = sum(edit.pristine.rows_seen(target, [edit.tokens])[0] for target in edit.targets)
+        every = sum(edit.pristine.rows_seen(target, [edit.tokens])[0] for target in edit.pristine.targets)
         assert real.pop("add to the state") == laps["add to the state"].flops * stored / every
         training = TrainingWalk(model, edit.targets, WORK)
         training.step()
