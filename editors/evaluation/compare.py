@@ -13,7 +13,7 @@ from typing import Any
 
 from editors.errors import ReportError
 from editors.evaluation.marks import FIGURES, SCORES
-from editors.evaluation.metrics import Figure, difference, figure, harmonic_difference, perplexity_difference
+from editors.evaluation.metrics import Figure, difference, grouped, harmonic_difference, perplexity_difference
 
 Entry = Mapping[str, Any]
 """One result of a report."""
@@ -42,7 +42,9 @@ def read_report(path: Path) -> list[Entry]:
     if not isinstance(entries, list) or not entries:
         raise ReportError(f"{path} holds no list of results; write one with mend evaluate --report", file=str(path))
     for entry in entries:
-        missing = {"method", "figures", "values", "text_losses", *SAME} - set(entry if isinstance(entry, dict) else ())
+        missing = {"method", "figures", "values", "text_losses", "texts_digest", *SAME} - set(
+            entry if isinstance(entry, dict) else ()
+        )
         if missing:
             raise ReportError(f"a result in {path} lacks {', '.join(sorted(missing))}; measure it again with "
                               "mend evaluate --report", file=str(path))  # fmt: skip
@@ -79,14 +81,13 @@ def compare(one: Entry, two: Entry) -> list[Comparison]:
         columns = [[values.get(name, []) for values in entry["values"]] for entry in (one, two)]
         if [len(values) for values in columns[0]] != [len(values) for values in columns[1]]:
             continue  # measured in one of them only: another base model, another kind of tokens
-        flat = [[value for values in column for value in values] for column in columns]
-        if flat[0]:
-            means = [figure(values, seed).mean for values in flat]
-            found.append(Comparison(name, *means, difference(flat[1], flat[0], seed)))
+        if any(columns[0]):
+            means = [grouped(column, seed).mean for column in columns]
+            found.append(Comparison(name, *means, difference(columns[1], columns[0], seed)))
     ends = [[entry["figures"].get(name, {}).get("mean") for entry in (one, two)] for name in ("S", "perplexity")]
     if None not in ends[0]:
         found.append(Comparison("S", *ends[0], harmonic_difference(two["values"], one["values"], SCORES, seed)))
-    if None not in ends[1] and len(one["text_losses"]) == len(two["text_losses"]):
+    if None not in ends[1] and one["texts_digest"] == two["texts_digest"]:
         apart = perplexity_difference(two["text_losses"], one["text_losses"], seed)
         found.append(Comparison("perplexity", *ends[1], apart))
     return found

@@ -9,7 +9,7 @@ Of prompts that must not change (neighbour, unrelated):
   the most likely after those before it, so that it need not be decoded again
 - KL: KL(base ‖ edited) of the next token, in nats
 - NS: of a neighbour, the true answer is more probable than the correction
-- drawdown: accuracy on the known answer's tokens (where none is known, on the base's own next token), before − after
+- drawdown, as MEND's: accuracy before − after, an answer being right when all of its tokens are; of known answers only
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def mark_locality(case: Case, base: Mapping[str, Reading], found: Mapping[str, R
     """The same under an edit."""
     same = [one == other for one, other in zip(found["said"].best, base["said"].best, strict=True)]
     kl = F.kl_div(found["said"].first, base["said"].first, log_target=True, reduction="sum")
-    known = "true" in found
-    drawdown = _share(base["true"].right) - _share(found["true"].right) if known else float(not same[0])
-    return {
+    marks = {
         f"{case.kind}, next token": float(same[0]),
         f"{case.kind}, {ANSWER_TOKENS} tokens": float(all(same)),
         f"{case.kind}, KL": kl.clamp(min=0).item(),
-        "drawdown": drawdown,
         **mark_base(found),
     }
+    if "true" in found:
+        marks["drawdown"] = float(all(base["true"].right)) - float(all(found["true"].right))
+    return marks
 
 
 def _share(right: Sequence[bool]) -> float:

@@ -41,9 +41,21 @@ def figure(values: Sequence[float], seed: int = 0) -> Figure:
     return _figure(values, seed, lambda means: means)
 
 
-def difference(ones: Sequence[float], others: Sequence[float], seed: int = 0) -> Figure:
-    """Mean of the differences one − other of values that belong together in pairs, which are resampled as pairs."""
-    return figure([one - other for one, other in zip(ones, others, strict=True)], seed)
+def grouped(groups: Sequence[Sequence[float]], seed: int = 0) -> Figure:
+    """Mean of all values, whose groups are resampled whole: prompts of one edit share that edit."""
+    kept = [group for group in groups if len(group)]
+    sums, counts = np.array([sum(group) for group in kept], dtype=np.float64), np.array([len(group) for group in kept])
+    if not kept:
+        return NOTHING
+    drawn = _draws(len(kept), seed)
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    return Figure(float(sums.sum() / counts.sum()), *_interval(means), int(counts.sum()))
+
+
+def difference(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]], seed: int = 0) -> Figure:
+    """Mean of the differences one − other of values that belong together in pairs, grouped as in `grouped`."""
+    pairs = zip(ones, others, strict=True)
+    return grouped([[a - b for a, b in zip(one, other, strict=True)] for one, other in pairs], seed)
 
 
 def perplexity(losses: Sequence[float], seed: int = 0) -> Figure:

@@ -151,5 +151,5 @@ def _finished(report: Report, examples: Sequence[Example], texts: TextLoss) -> R
     report.records = [
         {"prompt": example.prompt, **record} for example, record in zip(examples, report.records, strict=True)
     ]
-    report.losses_before, report.losses_after = texts.before, texts.after
+    report.losses_before, report.losses_after, report.texts_digest = texts.before, texts.after, texts.digest
     return report

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from editors.evaluation.marks import FIGURES, SCORES, Values
-from editors.evaluation.metrics import Figure, figure, harmonic, perplexity, shown
+from editors.evaluation.metrics import Figure, grouped, harmonic, perplexity, shown
 
 TENTHS = ("efficacy, greedy", "paraphrase, greedy")
 """Figures that are also told of the first and of the last tenth of edits that were made one after another."""
@@ -20,7 +20,8 @@ class Report:
     """Edits of one method under one setting (`single`, `batched 10`, `accumulated 100`).
 
     before, after: values of every example, in order. losses_before, losses_after: nats per token of running texts.
-    records: of every example, its prompt and how its edit was made. seconds: that making an edit took, each.
+    texts_digest: of those texts' tokens. records: of every example, its prompt and how its edit was made.
+    seconds: that making an edit took, each.
     """
 
     method: str
@@ -30,6 +31,7 @@ class Report:
     after: list[Values] = field(default_factory=list, repr=False)
     losses_before: list[float] = field(default_factory=list, repr=False)
     losses_after: list[float] = field(default_factory=list, repr=False)
+    texts_digest: str = ""
     records: list[dict[str, Any]] = field(default_factory=list, repr=False)
     seconds: list[float] = field(default_factory=list, repr=False)
 
@@ -99,16 +101,16 @@ class Report:
             found["values"] = [
                 {"prompt": record["prompt"], **one} for record, one in zip(self.records, self.after, strict=True)
             ]
-            found["text_losses"] = self.losses_after
+            found |= {"text_losses": self.losses_after, "texts_digest": self.texts_digest}
         return found
 
 
 def _figures(examples: Sequence[Values], losses: Sequence[float], seed: int) -> dict[str, Figure]:
     found = {}
     for name in FIGURES:
-        values = [value for example in examples for value in example.get(name, ())]
-        if values:
-            found[name] = figure(values, seed)
+        groups = [example.get(name, ()) for example in examples]
+        if any(groups):
+            found[name] = grouped(groups, seed)
     if all(name in found for name in SCORES):
         found["S"] = harmonic(examples, SCORES, seed)
     if losses:

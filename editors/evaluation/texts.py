@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,7 @@ class TextLoss:
 
     def __init__(self, pristine: Reader, texts: Sequence[Tokens]) -> None:
         self._texts = texts
+        self.digest = hashlib.sha256(repr([(text.prompt, text.target) for text in texts]).encode()).hexdigest()
         self._states: list[Tensor] = pristine.below(texts)
         self.before = self._losses(pristine, None)
         self._after: list[list[float]] = []

@@ -27,7 +27,7 @@ from editors.targets import Target
 from editors.text import Tokens
 from editors.views import view
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 STEPS = (2, 5, 10, 25)
 KL_WEIGHT = 1.0
 KL_SAMPLES = 64

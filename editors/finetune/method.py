@@ -1,7 +1,8 @@
 """FT and FT+KL, the baselines of MEND's paper (arXiv:2110.11309, section 5): fine-tuning on the edit itself.
 
 Adam on the correction's negative log-likelihood, over the weights that the editor edits, until every token of the
-correction is preferred. FT+KL adds KL(base ‖ edited) on unrelated text. Only the upper blocks run: the hidden states
+correction is preferred. FT+KL adds KL(base ‖ edited) on unrelated text, whose gradient is zero at the base; so it takes
+all of its steps, or the second term would never act. Only the upper blocks run: the hidden states
 below them are worked out once. Steps are taken in float32, and each is judged on the weights as they are served.
 """
 
@@ -87,7 +88,7 @@ class FineTuning:
         self._set(self.base.model)
 
     def tune(self, sequences: Sequence[Tokens], on_step: Callable[[int], None] | None = None) -> int:
-        """Tune from the weights as they are now, until every token of the targets is preferred.
+        """Tune from the weights as they are now; FT until every token of the targets is preferred.
 
         on_step: called after each step, with its number from 1 on. Returns how many were taken.
         """
@@ -102,7 +103,7 @@ class FineTuning:
         rng = random.Random(self.seed)
         for step in range(self.recipe.steps):
             logits = self.upper.logits(hidden, sequences)
-            if bool((logits.argmax(-1) == wanted).all()):
+            if self._unrelated is None and bool((logits.argmax(-1) == wanted).all()):
                 return step
             loss = target_losses(logits, sequences, rows).mean()
             if self._unrelated is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -62,8 +61,6 @@ def measure(
         before, after = (predictions(model, tokens)[-1].log_softmax(-1) for model in (base.model, live))
         found[f"{kind}, KL"].append(F.kl_div(after, before, log_target=True, reduction="sum").item())
         if answer:
-            shares = [torch.tensor(right(model, prompt, answer)).double().mean().item() for model in (base.model, live)]
-            found["drawdown"].append(shares[0] - shares[1])
-        else:
-            found["drawdown"].append(float(base_said[0] != said[0]))
+            was, is_ = (float(all(right(model, prompt, answer))) for model in (base.model, live))
+            found["drawdown"].append(was - is_)
     return dict(found)

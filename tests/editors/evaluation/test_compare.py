@@ -16,7 +16,7 @@ from editors.evaluation.metrics import difference, figure, harmonic, harmonic_me
 def entry(values, **facts):
     return {
         "data": "a.json", "data_digest": "0", "seed": 0, "setting": "single", "method": "mend",
-        "examples": len(values), "values": values, "figures": {}, "text_losses": [], **facts,
+        "examples": len(values), "values": values, "figures": {}, "text_losses": [], "texts_digest": "", **facts,
     }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class TestDifference:
 
     def test_needs_pairs(self):
         with pytest.raises(ValueError, match="zip"):
-            difference([1.0], [1.0, 2.0])
+            difference([[1.0]], [[1.0], [2.0]])
 
 
 class TestCompare:
@@ -132,7 +132,7 @@ class TestReadReport:
             ("{broken", "is not JSON"),
             ("{}", "holds no list of results"),
             ("[]", "holds no list of results"),
-            ("[3]", "lacks data, data_digest, examples, figures, method, seed, setting, text_losses, values"),
+            ("[3]", "lacks data, data_digest, examples, figures, method, seed, setting, text_losses, texts_digest, values"),
             (json.dumps([{k: v for k, v in entry([]).items() if k != "values"}]), "lacks values; measure it again"),
         ],
     )

@@ -9,7 +9,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editors.evaluation.metrics import figure
+from editors.evaluation.metrics import figure, grouped
+
+
+class TestGrouped:
+    def test_of_one_value_each_is_the_plain_figure(self):
+        values = np.random.default_rng(0).random(50).tolist()
+        one, other = grouped([[value] for value in values], 3), figure(values, 3)
+        assert (one.mean, one.low, one.high) == pytest.approx((other.mean, other.low, other.high))
+        assert one.count == other.count
+
+    def test_holds_the_truth_as_often_as_it_says_where_a_groups_values_hang_together(self):
+        """Resampling the values one by one holds it far less often."""
+        rng = np.random.default_rng(1)
+        held = 0
+        for trial in range(100):
+            groups = [(rng.random(10) < share).astype(float).tolist() for share in rng.random(60)]
+            found = grouped(groups, trial)
+            held += found.low <= 0.5 <= found.high
+        assert held >= 88
+
+    def test_leaves_groups_without_values_out(self):
+        assert grouped([[1.0, 0.0], [], [1.0]]).count == 3
+        assert grouped([[], []]).count == 0
 
 
 class TestFigure:
