@@ -132,7 +132,10 @@ class TestReadReport:
             ("{broken", "is not JSON"),
             ("{}", "holds no list of results"),
             ("[]", "holds no list of results"),
-            ("[3]", "lacks data, data_digest, examples, figures, method, seed, setting, text_losses, texts_digest, values"),
+            (
+                "[3]",
+                "lacks data, data_digest, examples, figures, method, seed, setting, text_losses, texts_digest, values",
+            ),
             (json.dumps([{k: v for k, v in entry([]).items() if k != "values"}]), "lacks values; measure it again"),
         ],
     )
