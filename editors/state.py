@@ -11,7 +11,7 @@ active edits, on every device, and taking one out costs the same however many ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,15 +43,31 @@ class SumState:
         }
         self.edits = 0
 
-    def add(self, factors: Factors) -> None:
-        """Take an edit in. All or nothing: raises StateOverflow or FactorsCorrupt with the state unchanged."""
-        if self.edits >= MAX_EDITS:
-            raise StateOverflow(f"{MAX_EDITS} edits are active already; roll some back", active_edits=self.edits)
-        self._accumulate(factors, 1)
+    def add(self, *edits: Factors) -> None:
+        """Take edits in. All or nothing: raises StateOverflow or FactorsCorrupt with the state unchanged."""
+        if self.edits + len(edits) > MAX_EDITS:
+            raise StateOverflow(f"{MAX_EDITS} edits may be active at most; roll some back", active_edits=self.edits)
+        added = 0
+        try:
+            for factors in edits:
+                self._accumulate(factors, 1)
+                added += 1
+        except BaseException:
+            self.remove(*edits[:added])
+            raise
 
-    def remove(self, factors: Factors) -> None:
-        """Take an edit out again, exactly; `factors` must be one that was added."""
-        self._accumulate(factors, -1)
+    def remove(self, *edits: Factors) -> None:
+        """Take edits out again, exactly; each must be one that was added."""
+        for factors in edits:
+            self._accumulate(factors, -1)
+
+    def overlaps(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> list[tuple[str, float, float]]:
+        """Held edits whose keys are near to those of `rows`: none, since edits that are summed have no keys."""
+        return []
+
+    def fullness(self) -> float | None:
+        """How much of the state's capacity is taken, 0 to 1: not known of a sum, which has no such figure."""
+        return None
 
     def _accumulate(self, factors: Factors, sign: int) -> None:
         contributions = {name: self._contribution(name, layer) for name, layer in factors.layers.items()}

@@ -30,6 +30,7 @@ STATUS_BY_CODE = {
     "already_rolled_back": 409,
     "ledger_conflict": 409,
     "nothing_to_export": 409,
+    "would_break_edits": 409,
     "revision_mismatch": 412,
     "body_too_large": 413,
     "invalid_request": 422,

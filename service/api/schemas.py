@@ -100,6 +100,7 @@ class EditQuery(_Request):
     """How to treat a correction."""
 
     dry_run: bool = Field(False, description="Stage and judge, but do not commit.")
+    allow_loss: bool = Field(False, description="Commit although earlier edits would no longer hold.")
 
 
 class RollbackQuery(_Request):
@@ -131,7 +132,7 @@ class GenerateQuery(_Request):
 class EditsQuery(_Request):
     """Which edits to list, newest first."""
 
-    status: Literal["applied", "rolled_back"] | None = None
+    status: Literal["applied", "superseded", "rolled_back"] | None = None
     q: str | None = Field(None, max_length=MAX_TEXT, description="Text in the prompt or the correction.")
     limit: int = Field(50, ge=1, le=500)
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
@@ -162,7 +163,7 @@ class KeepCheck(BaseModel):
 
 class Checks(BaseModel):
     """took: greedy decoding begins with the correction. drawdown: on the guard prompts, against the base, 0 to 1.
-    lost: other active edits that no longer hold with this one."""
+    lost: other active edits that held before this one, and no longer with it."""
 
     took: bool
     paraphrases: list[ParaphraseCheck]
@@ -173,18 +174,24 @@ class Checks(BaseModel):
 
 
 class RolledBackBy(BaseModel):
+    """revived: edits that came back, since this one no longer supersedes them."""
+
     revision: int
     at: datetime
     reason: str | None
     actor: str | None
+    revived: list[str] = []
 
 
 class EditView(BaseModel):
-    """An edit. revision and digest: of the state that it led to. scale: strength found by the line search."""
+    """An edit. revision and digest: of the state that it led to. scale: strength found by the line search.
+
+    supersedes: edits in whose place it is. superseded_by: the active edit in its place, while it stands.
+    """
 
     id: str | None
     revision: int
-    status: Literal["applied", "rolled_back", "unchanged", "dry_run"]
+    status: Literal["applied", "superseded", "rolled_back", "unchanged", "dry_run"]
     prompt: str
     correction: str
     subject: str | None = None
@@ -198,6 +205,8 @@ class EditView(BaseModel):
     before: Answer
     after: Answer
     checks: Checks | None
+    supersedes: list[str] = []
+    superseded_by: str | None = None
     rolled_back: RolledBackBy | None = None
     detail: str | None = None
 
@@ -207,7 +216,7 @@ class EditView(BaseModel):
         return cls(
             id=applied.edit_id,
             revision=applied.sequence,
-            status="applied" if edit.active else "rolled_back",
+            status=edit.status,
             prompt=applied.prompt,
             correction=applied.correction,
             subject=applied.subject,
@@ -221,7 +230,12 @@ class EditView(BaseModel):
             before=Answer(text=applied.before),
             after=Answer(text=applied.after),
             checks=Checks.model_validate(applied.checks),
-            rolled_back=by and RolledBackBy(revision=by.sequence, at=by.created_at, reason=by.reason, actor=by.actor),
+            supersedes=list(applied.supersedes),
+            superseded_by=edit.superseded_by,
+            rolled_back=by
+            and RolledBackBy(
+                revision=by.sequence, at=by.created_at, reason=by.reason, actor=by.actor, revived=list(edit.revived)
+            ),
         )
 
     @classmethod
@@ -255,13 +269,14 @@ class EditPage(BaseModel):
 
 
 class RollbackView(BaseModel):
-    """The state after a rollback, and the edit that was taken back."""
+    """The state after a rollback, the edit that was taken back, and those that came back in its place."""
 
     id: str
     status: Literal["rolled_back"] = "rolled_back"
     revision: int
     digest: str
     active_edits: int
+    revived: list[str]
     edit: EditView
 
 

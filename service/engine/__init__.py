@@ -12,6 +12,7 @@ from service.engine.errors import (
     NotReady,
     RevisionMismatch,
     TextTooLong,
+    WouldBreakEdits,
 )
 from service.engine.guard import read_guard_prompts
 from service.engine.requests import EditRequest, Limits, Outcome, Published
@@ -32,5 +33,6 @@ __all__ = [
     "RevisionMismatch",
     "Sampling",
     "TextTooLong",
+    "WouldBreakEdits",
     "read_guard_prompts",
 ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pydantic import JsonValue
 
 from service.ledger import Applied
+
+OnConflict = Literal["refuse", "supersede"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,17 @@ class EditRequest:
     actor: str | None = None
     idempotency_key: str | None = None
     request_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which terms edits are made. dry_run: judge, but do not commit.
+
+    allow_loss: although earlier edits would no longer hold.
+    """
+
+    dry_run: bool = False
+    allow_loss: bool = False
 
 
 @dataclass(frozen=True)
