@@ -24,7 +24,8 @@
     ├── ExportUnwritable            the disk is full, or the folder cannot be written
     └── StateError                  the exact state cannot take these factors
         ├── FactorsCorrupt          bytes that are not the factors they claim to be
-        └── StateOverflow           outside the grid of the accumulators
+        ├── FactorsNotHeld          factors to be taken out that are not in
+        └── StateOverflow           outside the grid of the accumulators, or of what float64 can solve
 
 Errors carry facts as attributes and a stable `code`; they know nothing of HTTP.
 """
@@ -145,6 +146,10 @@ class StateError(EditorsError):
 
 class FactorsCorrupt(StateError):
     code = "factors_corrupt"
+
+
+class FactorsNotHeld(StateError):
+    code = "factors_not_held"
 
 
 class StateOverflow(StateError):

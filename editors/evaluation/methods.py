@@ -16,7 +16,7 @@ from editors.errors import StateOverflow
 from editors.factors import Factors, quantise
 from editors.mend.editor import MendEditor
 from editors.scale import SCALES, ScaleSearch, search_scale, token_margins
-from editors.state import SumState
+from editors.state import Increment, Rows, SumState, standalone
 from editors.targets import Target
 from editors.text import Tokens
 from editors.views import UpperBlocks, view
@@ -93,7 +93,8 @@ class Mend:
                 proposal = self.editor(capture(self._upper, hidden, tokens))
             for index, sequence in enumerate(tokens):
                 own = hidden[index : index + 1, : len(sequence.inputs)]
-                search = search_scale(self._upper, own, sequence, proposal.rows_of(self._upper.targets, index))
+                alone = standalone(proposal.rows_of(self._upper.targets, index))
+                search = search_scale(self._upper, own, sequence, alone)
                 rows = proposal.rows_of(self.targets, index)
                 order = search.order(self.margin)[:MAX_ATTEMPTS] or [search.strongest]
                 chosen = order[0]
@@ -119,8 +120,8 @@ class Mend:
                 continue
             with torch.no_grad():
                 proposal = self.editor(capture(self._upper, hidden, [tokens]))
-            search = search_scale(candidate.upper, hidden, tokens, proposal.rows_of(self._upper.targets, 0))
             rows = proposal.rows_of(self.targets, 0)
+            search = search_scale(candidate.upper, hidden, tokens, candidate.increment(rows))
             for index in search.order(self.margin)[:MAX_ATTEMPTS]:
                 factors = quantise(rows, SCALES[index])
                 if candidate.holds(factors, tokens, hidden, keep=True):
@@ -144,6 +145,12 @@ class _Candidate:
         """Whether each token of the target is the most likely now."""
         logits = self.upper.logits(hidden, [tokens])
         return bool((token_margins(logits, torch.tensor(tokens.target, device=logits.device)) > 0).all())
+
+    def increment(self, rows: Rows) -> Increment:
+        """What one more edit would change, by the names that targets have in `upper`."""
+        names = zip(self.upper.targets, self._state.targets, strict=True)
+        increment = self._state.increment(rows)
+        return {short.name: increment[full] for short, full in names}
 
     def holds(self, factors: Factors, tokens: Tokens, hidden: Tensor, *, keep: bool = False) -> bool:
         """Whether the edit takes on the weights as they are served. keep: leave it in if so."""

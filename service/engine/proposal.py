@@ -5,7 +5,7 @@ Nothing here touches a weight that anybody reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from editors.capture import capture
 from editors.factors import Factors, quantise
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import ScaleSearch, search_scale
+from editors.state import Increment, Rows
 from editors.text import Tokens
 from editors.views import UpperBlocks
 
@@ -26,12 +27,12 @@ MAX_ATTEMPTS = 5
 class Draft:
     """An edit before its scale is chosen. hidden: under the edited blocks, (1, tokens, width), the same for every view.
 
-    rows: per target name u (rows, d_in) and delta (rows, d_out), at scale 1.
+    rows: at scale 1.
     """
 
     tokens: Tokens
     hidden: Tensor
-    rows: Mapping[str, tuple[Tensor, Tensor]]
+    rows: Rows
 
     def factors(self, scale: float) -> Factors:
         return quantise(self.rows, scale)
@@ -82,7 +83,8 @@ class Proposer:
             for row, sequence in enumerate(tokens)
         ]
 
-    def search(self, draft: Draft, upper: UpperBlocks) -> ScaleSearch:
-        """Try an edit at every scale on top of what `upper` holds."""
+    def search(self, draft: Draft, upper: UpperBlocks, increment: Increment) -> ScaleSearch:
+        """Try an edit at every scale. increment: what its rows change in the weights that `upper` shows."""
         names = {full.name: short.name for full, short in zip(self._editor.targets, upper.targets, strict=True)}
-        return search_scale(upper, draft.hidden, draft.tokens, {names[name]: pair for name, pair in draft.rows.items()})
+        changes = {names[name]: change for name, change in increment.items()}
+        return search_scale(upper, draft.hidden, draft.tokens, changes)

@@ -33,7 +33,7 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
     verdict: Verdict | None = None
     harm: Harm | None = None
     with weights.without(workshop.journal.factors(leaving)) as view:
-        search = workshop.proposer.search(draft, view.upper)
+        search = workshop.proposer.search(draft, view.upper, weights.state.increment(draft.rows))
         clock.lap("search")
         attempts = Attempts(search, workshop.margin_nats)
         for index in attempts:
