@@ -38,10 +38,10 @@ def asks(country: str, answer: str, **fields: object) -> EditRequest:
     return EditRequest(PROMPTS[country], f" {answer}", **fields)
 
 
-def takes(engine: Engine, request: EditRequest) -> bool:
+def takes(engine: Engine, request: EditRequest, **terms: object) -> bool:
     """Whether an edit would be made now."""
     try:
-        return not engine.apply(request, dry_run=True).unchanged
+        return not engine.apply(request, dry_run=True, **terms).unchanged
     except EditRefused:
         return False
 

@@ -12,6 +12,7 @@ from service.api.archive import ArchiveResponse, archived
 from service.api.problems import responses
 from service.api.schemas import (
     BaseModelView,
+    CapacityView,
     EditBody,
     EditorView,
     EditPage,
@@ -216,6 +217,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
         revision=published.revision,
         active_edits=published.active_edits,
         digest=published.digest,
+        capacity=CapacityView.of(published.fullness),
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
     )

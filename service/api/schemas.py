@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from editors.formats import ExportFormat
-from service.engine import Outcome, Published
+from service.engine import Capacity, OnConflict, Outcome, Published
 from service.engine.history import Edit
 
 MAX_TEXT = 100_000
@@ -100,6 +100,9 @@ class EditQuery(_Request):
     """How to treat a correction."""
 
     dry_run: bool = Field(False, description="Stage and judge, but do not commit.")
+    on_conflict: OnConflict = Field(
+        "refuse", description="What to do about an active edit of a hardly different prompt with another answer."
+    )
     allow_loss: bool = Field(False, description="Commit although earlier edits would no longer hold.")
 
 
@@ -161,9 +164,17 @@ class KeepCheck(BaseModel):
     after: str
 
 
+class ConflictCheck(BaseModel):
+    """An active edit whose key is near to this one's. overlap: 0 to 1. superseded: this one took its place."""
+
+    id: str
+    overlap: float
+    superseded: bool
+
+
 class Checks(BaseModel):
     """took: greedy decoding begins with the correction. drawdown: on the guard prompts, against the base, 0 to 1.
-    lost: other active edits that held before this one, and no longer with it."""
+    lost: other active edits that held before this one, and no longer with it. conflicts: nearest first."""
 
     took: bool
     paraphrases: list[ParaphraseCheck]
@@ -171,6 +182,7 @@ class Checks(BaseModel):
     drawdown: float
     drawdown_budget: float
     lost: list[str]
+    conflicts: list[ConflictCheck] = []
 
 
 class RolledBackBy(BaseModel):
@@ -322,6 +334,19 @@ class EditorView(BaseModel):
     aggregate: str
 
 
+class CapacityView(BaseModel):
+    """fullness: of the fullest weight, 0 to 1; null where edits are summed. limit: beyond it none is made."""
+
+    fullness: float | None
+    limit: float
+    warning: str | None
+
+    @classmethod
+    def of(cls, fullness: float | None) -> Self:
+        capacity = Capacity(fullness)
+        return cls(fullness=capacity.fullness, limit=capacity.limit, warning=capacity.warning)
+
+
 class ModelView(BaseModel):
     """What is loaded, and the exact state of its weights."""
 
@@ -330,6 +355,7 @@ class ModelView(BaseModel):
     revision: int
     active_edits: int
     digest: str
+    capacity: CapacityView
     device: str
     dtype: str
 

@@ -25,7 +25,7 @@ from service.engine.history import Edit, History
 from service.engine.journal import Journal
 from service.engine.judge import Judge
 from service.engine.proposal import Proposer
-from service.engine.requests import EditRequest, Limits, Outcome, Published, Terms
+from service.engine.requests import EditRequest, Limits, OnConflict, Outcome, Published, Terms
 from service.engine.single import make_edit
 from service.engine.texts import Texts
 from service.engine.weights import Weights
@@ -104,6 +104,7 @@ class Engine:
         *,
         expected_revision: int | None = None,
         dry_run: bool = False,
+        on_conflict: OnConflict = "refuse",
         allow_loss: bool = False,
     ) -> Outcome:
         """Make a correction, or find out what it would do.
@@ -112,7 +113,7 @@ class Engine:
         Whatever is raised, the live weights are as they were.
         """
         tokens = self._texts.encode(request)
-        terms = Terms(dry_run=dry_run, allow_loss=allow_loss)
+        terms = Terms(dry_run, on_conflict, allow_loss)
 
         def attempt() -> Outcome:
             repeated = self._repeated(request)

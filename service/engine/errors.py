@@ -5,7 +5,9 @@
     ├── EditRefused              judged and found wanting; the live weights are unchanged
     │   ├── DidNotTake           greedy decoding does not say the correction, at any scale
     │   ├── DrawdownExceeded     unrelated behaviour moved more than the budget
-    │   └── WouldBreakEdits      earlier edits would no longer hold
+    │   ├── WouldBreakEdits      earlier edits would no longer hold
+    │   ├── EditConflict         hardly another prompt than that of an active edit with another answer
+    │   └── StateFull            the active edits leave no room
     ├── EditNotFound
     ├── AlreadyRolledBack
     ├── RevisionMismatch         the caller's expected revision is not the current one
@@ -47,6 +49,14 @@ class DrawdownExceeded(EditRefused):
 
 class WouldBreakEdits(EditRefused):
     code = "would_break_edits"
+
+
+class EditConflict(EditRefused):
+    code = "edit_conflict"
+
+
+class StateFull(EditRefused):
+    code = "state_full"
 
 
 class EditNotFound(EngineError):

@@ -67,6 +67,7 @@ class History:
         self._edits: dict[str, Edit] = {}
         self._by_key: dict[str, str] = {}
         self._by_prompt: dict[Hashable, list[str]] = {}
+        self._by_factors: dict[str, list[str]] = {}
 
     def record(self, entry: Entry) -> None:
         """Take in the next entry of the ledger. Raises EditNotFound, AlreadyRolledBack."""
@@ -74,6 +75,7 @@ class History:
         if isinstance(entry, Applied):
             self._edits[entry.edit_id] = Edit(entry)
             self._by_prompt.setdefault(self._same_prompt(entry.prompt), []).append(entry.edit_id)
+            self._by_factors.setdefault(entry.factors_digest, []).append(entry.edit_id)
             if entry.idempotency_key is not None:
                 self._by_key[entry.idempotency_key] = entry.edit_id
             for older in entry.supersedes:
@@ -139,6 +141,11 @@ class History:
         """Standing edits of the same prompt."""
         same = self._by_prompt.get(self._same_prompt(prompt), [])
         return [edit for edit in map(self.find, same) if edit.standing]
+
+    def active_with(self, factors_digest: str) -> list[Edit]:
+        """Active edits whose factors have this digest."""
+        same = self._by_factors.get(factors_digest, [])
+        return [edit for edit in map(self.find, same) if edit.active]
 
     def with_superseded(self, edits: Iterable[Edit]) -> tuple[str, ...]:
         """Ids of standing edits and of all standing ones that these supersede, in the order of application.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import JsonValue
 
 from editors.base_model import BaseModel
 from editors.text import Tokens
 from service.engine.answers import Answers
+from service.engine.conflicts import Place
+from service.engine.errors import DidNotTake, DrawdownExceeded, WouldBreakEdits
 from service.engine.guard import Guard
 from service.engine.held import HeldEdits
 from service.engine.history import Edit
@@ -49,7 +52,7 @@ class Harm:
         return not self.over_budget and (terms.allow_loss or not self.lost)
 
 
-def checks(verdict: Verdict, harm: Harm) -> dict[str, JsonValue]:
+def checks(verdict: Verdict, harm: Harm, place: Place) -> dict[str, JsonValue]:
     """The measurements as they are stored in the ledger and shown to the caller."""
     return {
         "took": verdict.took,
@@ -58,6 +61,7 @@ def checks(verdict: Verdict, harm: Harm) -> dict[str, JsonValue]:
         "drawdown": harm.drawdown,
         "drawdown_budget": harm.drawdown_budget,
         "lost": [edit.id for edit in harm.lost],
+        "conflicts": place.checks(),
     }
 
 
@@ -118,3 +122,29 @@ class Judge:
         ):
             answers[row].append(text)
         return answers
+
+
+def did_not_take(correction: str, facts: dict[str, Any]) -> DidNotTake:
+    """Why an edit does not go live."""
+    return DidNotTake(
+        f"refused: at no scale does the model answer {correction.strip()!r} to this prompt; nothing was changed. "
+        "Put the prompt so that the correction follows it naturally, or shorten the correction",
+        **facts,
+    )
+
+
+def too_harmful(harm: Harm, facts: dict[str, Any]) -> DrawdownExceeded | WouldBreakEdits:
+    """Why what is staged does not go live although it takes."""
+    if harm.over_budget:
+        return DrawdownExceeded(
+            f"refused: unrelated behaviour would move by {harm.drawdown:.3f}, over the budget of "
+            f"{harm.drawdown_budget:.3f}; nothing was changed. Roll other edits back, or raise MEND_GUARD_BUDGET",
+            **facts,
+        )
+    lost = [{"id": edit.id, "prompt": edit.applied.prompt, "correction": edit.applied.correction} for edit in harm.lost]
+    return WouldBreakEdits(
+        f"refused: {len(lost)} earlier edit{'s' if len(lost) > 1 else ''} would no longer hold; nothing was changed. "
+        "Roll back what is no longer needed, or accept the loss with allow_loss=true",
+        lost=lost,
+        **facts,
+    )

@@ -43,10 +43,12 @@ class EditRequest:
 class Terms:
     """On which terms edits are made. dry_run: judge, but do not commit.
 
+    on_conflict: what to do about an active edit whose prompt is hardly another, and whose answer is.
     allow_loss: although earlier edits would no longer hold.
     """
 
     dry_run: bool = False
+    on_conflict: OnConflict = "refuse"
     allow_loss: bool = False
 
 
@@ -73,8 +75,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Published:
-    """The state that the live weights are in; replaced whole, so that readers see one or the other."""
+    """The state that the live weights are in; replaced whole, so that readers see one or the other.
+
+    fullness: how much of its capacity is taken, 0 to 1; None of a state that has no such figure.
+    """
 
     revision: int
     digest: str
     active_edits: int
+    fullness: float | None = None

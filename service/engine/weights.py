@@ -6,6 +6,7 @@ moment in which generation waits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from editors.factors import Factors
 from editors.mend.checkpoint import Checkpoint
 from editors.state import SumState
 from editors.views import UpperBlocks, view
+from service.engine.capacity import Capacity
 from service.engine.gate import Gate
 from service.engine.requests import Published
+
+logger = logging.getLogger("mend")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Weights:
         self.pristine = View(base.model, UpperBlocks(base.model, self._targets))
         self.live, self.candidate = self.another_view(), self.another_view()
         self._gate = Gate()
-        self.published = Published(0, self.state.digest(), 0)
+        self.published = Published(0, self.state.digest(), 0, self.state.fullness())
 
     def another_view(self) -> View:
         """A view with edited weights of its own, which begin as the base's."""
@@ -96,8 +100,11 @@ class Weights:
 
     def publish(self, revision: int, digest: str) -> None:
         """Copy the candidate over the live weights: the only exclusive section. digest: of the state."""
-        published = Published(revision, digest, self.state.edits)
+        published = Published(revision, digest, self.state.edits, self.state.fullness())
         with self._gate.publishing(), torch.no_grad():
             for name in self._own:
                 self.live.model.get_parameter(name).copy_(self.candidate.model.get_parameter(name))
-            self.published = published
+            before, self.published = self.published, published
+        warning = Capacity(published.fullness).warning
+        if warning and not Capacity(before.fullness).warning:
+            logger.warning("revision %d: %s", revision, warning)
