@@ -51,6 +51,7 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         new_tokens=settings.max_new_tokens,
         answer_tokens=settings.answer_tokens,
         guard_budget=settings.guard_budget,
+        batch_edits=settings.max_batch,
     )
     with ExitStack() as stack:
         embedded = None
@@ -161,7 +162,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = service
-    app.add_middleware(LimitsMiddleware)
+    app.add_middleware(LimitsMiddleware, batch_edits=settings.max_batch)
     app.include_router(router)
     problems.install(app, EngineError, LedgerError, EditorsError)
 

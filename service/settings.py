@@ -34,4 +34,5 @@ class Settings(BaseSettings):
     max_prompt_tokens: int = Field(1024, ge=1, description="Longest prompt, in tokens.")
     max_correction_tokens: int = Field(64, ge=1, description="Longest correction, in tokens.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens that one request may generate.")
+    max_batch: int = Field(5000, ge=1, description="Most edits of one batch.")
     answer_tokens: int = Field(16, ge=1, description="Tokens decoded for each answer that an edit is judged by.")

@@ -12,11 +12,20 @@ from service.api.problems import problem
 MAX_BODY_BYTES = 2_000_000
 
 
-class LimitsMiddleware:
-    """Refuses a body beyond MAX_BODY_BYTES as it arrives, whatever its headers say, and malformed query strings."""
+BYTES_PER_EDIT = 8_192
+"""Of a batch, on the average."""
+BATCH_PATH = "/edits/batch"
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class LimitsMiddleware:
+    """Refuses a body beyond MAX_BODY_BYTES as it arrives, whatever its headers say, and malformed query strings.
+
+    batch_edits: most edits of one batch, whose body may be as much larger.
+    """
+
+    def __init__(self, app: ASGIApp, batch_edits: int = 0) -> None:
         self.app = app
+        self._batch_bytes = max(MAX_BODY_BYTES, batch_edits * BYTES_PER_EDIT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -28,9 +37,10 @@ class LimitsMiddleware:
             answer = problem("invalid_utf8", f"the query string is not UTF-8 at byte {error.start}")
             await answer(scope, receive, send)
             return
+        limit = self._batch_bytes if scope["path"] == BATCH_PATH else MAX_BODY_BYTES
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-            answer = problem("body_too_large", f"the body may have {MAX_BODY_BYTES} bytes at most")
+        if declared.isdigit() and int(declared) > limit:
+            answer = problem("body_too_large", f"the body may have {limit} bytes at most")
             await answer(scope, receive, send)
             return
         received = 0
@@ -39,8 +49,8 @@ class LimitsMiddleware:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body may have {MAX_BODY_BYTES} bytes at most")
+            if received > limit:
+                raise HTTPException(413, f"the body may have {limit} bytes at most")
             return message
 
         await self.app(scope, limited, send)

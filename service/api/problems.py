@@ -6,6 +6,7 @@ Domain errors carry a code and facts; the table here says which HTTP status each
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -34,13 +35,16 @@ STATUS_BY_CODE = {
     "state_full": 409,
     "would_break_edits": 409,
     "revision_mismatch": 412,
+    "batch_too_large": 413,
     "body_too_large": 413,
     "invalid_request": 422,
     "empty_text": 422,
     "unknown_label": 422,
     "text_too_long": 422,
+    "batch_refused": 422,
     "did_not_take": 422,
     "drawdown_exceeded": 422,
+    "duplicate_prompt": 422,
     "idempotency_key_reused": 422,
     "entry_invalid": 422,
     "state_overflow": 422,
@@ -53,21 +57,37 @@ STATUS_BY_CODE = {
 }
 """Every code that a client can meet, with its status."""
 
+UNEXPECTED = "an error on our side; it is in the service's log. Nothing was half-done"
+
 _BY_STATUS = {400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def problem(code: str, detail: str, facts: dict[str, Any] | None = None) -> JSONResponse:
+def problem(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> JSONResponse:
     """An answer that says what was wrong and what to do."""
     status = STATUS_BY_CODE[code]
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    return JSONResponse(described(code, detail, facts), status, headers, MEDIA_TYPE)
+
+
+def described(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The body of such an answer."""
     body = Problem(
         type=f"urn:mend-service:problem:{code}",
         title=code.replace("_", " ").capitalize(),
-        status=status,
+        status=STATUS_BY_CODE[code],
         detail=detail,
         code=code,
     ).model_dump()
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
-    return JSONResponse({**(facts or {}), **body}, status, headers, MEDIA_TYPE)
+    return {**(facts or {}), **body}
+
+
+def described_error(error: Exception) -> dict[str, Any]:
+    """The body that tells of an error when the answer has begun already."""
+    code = getattr(error, "code", None)
+    if code in STATUS_BY_CODE:
+        return described(code, str(error), error.facts)
+    logger.error("unexpected error", exc_info=error)
+    return described("internal_error", UNEXPECTED)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -125,4 +145,4 @@ async def _http(_request: Request, error: Any) -> JSONResponse:
 
 async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
     logger.error("unexpected error", exc_info=error)
-    return problem("internal_error", "an error on our side; it is in the service's log. Nothing was half-done")
+    return problem("internal_error", UNEXPECTED)

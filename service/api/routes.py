@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from service.api import batch
 from service.api.archive import ArchiveResponse, archived
+from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag
 from service.api.problems import responses
 from service.api.schemas import (
     BaseModelView,
@@ -31,40 +32,13 @@ from service.api.schemas import (
     RollbackQuery,
     RollbackView,
     Usage,
+    digest_of,
 )
-from service.engine import EditRequest, Engine, Published, RevisionMismatch, Sampling, TextTooLong
+from service.engine import Engine, Published, Sampling, TextTooLong
 
 router = APIRouter()
+router.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
 MIN_TEMPERATURE = 1e-6
-
-
-def current_engine(request: Request) -> Engine:
-    """The engine, once it is ready. Raises NotReady before that."""
-    return request.app.state.service.ready_engine()
-
-
-Loaded = Annotated[Engine, Depends(current_engine)]
-Actor = Annotated[str | None, Header(alias="X-Actor", max_length=200, description="Who asks; kept in the ledger.")]
-IfMatch = Annotated[str | None, Header(alias="If-Match", description="Only at this revision (its ETag).")]
-IdempotencyKey = Annotated[
-    str | None,
-    Header(alias="Idempotency-Key", min_length=1, max_length=200, description="Repeating the request makes one edit."),
-]
-
-
-def _revision(if_match: str | None, engine: Engine) -> int | None:
-    """The revision that an If-Match header names; `*` matches any."""
-    if if_match is None or if_match.strip() == "*":
-        return None
-    tag = if_match.strip().removeprefix("W/").strip('"')
-    if not tag.isascii() or not tag.isdigit() or len(tag) > 15:
-        raise RevisionMismatch(-1, engine.published.revision)
-    return int(tag)
-
-
-def _tag(response: Response, published: Published | int) -> None:
-    revision = published if isinstance(published, int) else published.revision
-    response.headers["ETag"] = f'"{revision}"'
 
 
 @router.post(
@@ -89,26 +63,16 @@ def post_edit(
     edit does not take or would break the guard's budget, 409 when it would break earlier edits: then nothing was
     changed. An edit of the same prompt is superseded, and comes back when this one is rolled back.
     """
-    request = EditRequest(
-        prompt=body.prompt,
-        correction=body.correction,
-        subject=body.subject,
-        paraphrases=tuple(body.paraphrases),
-        keep=tuple(body.keep),
-        reason=body.reason,
-        metadata=body.metadata,
-        actor=actor,
-        idempotency_key=idempotency_key,
-        request_digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
-    )
-    outcome = engine.apply(request, expected_revision=_revision(if_match, engine), **query.model_dump())
+    request = body.as_request(actor, idempotency_key, digest_of(body))
+    revision = expected_revision(if_match, engine)
+    outcome = engine.apply(request, expected_revision=revision, **query.model_dump())
     if not outcome.committed:
         response.status_code = 200
     if outcome.publish_ms:
         response.headers["Server-Timing"] = ", ".join(f"{name};dur={ms}" for name, ms in outcome.publish_ms.items())
     if outcome.applied is not None and outcome.committed:
         response.headers["Location"] = f"/edits/{outcome.applied.edit_id}"
-    _tag(response, outcome.revision)
+    tag(response, outcome.revision)
     return EditView.of_outcome(outcome, body)
 
 
@@ -128,14 +92,14 @@ def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: R
             more = True
             break
         items.append(EditView.of_edit(edit))
-    _tag(response, engine.published)
+    tag(response, engine.published)
     return EditPage(items=items, next_cursor=str(items[-1].revision) if more else None)
 
 
 @router.get("/edits/{edit_id}", responses=responses(400, 404, 422, 503))
 def get_edit(edit_id: str, engine: Loaded, response: Response) -> EditView:
     """One edit, with everything that was measured when it was judged."""
-    _tag(response, engine.published)
+    tag(response, engine.published)
     return EditView.of_edit(engine.history.find(edit_id))
 
 
@@ -149,9 +113,11 @@ def delete_edit(
     if_match: IfMatch = None,
 ) -> RollbackView:
     """Roll one edit back, exactly; what it superseded comes back. The ledger keeps both the edit and its rollback."""
-    edit = engine.rollback(edit_id, reason=query.reason, actor=actor, expected_revision=_revision(if_match, engine))
+    edit = engine.rollback(
+        edit_id, reason=query.reason, actor=actor, expected_revision=expected_revision(if_match, engine)
+    )
     by = edit.rolled_back
-    _tag(response, by.sequence)
+    tag(response, by.sequence)
     return RollbackView(
         id=edit.id,
         revision=by.sequence,
@@ -198,10 +164,10 @@ def _generate(query: GenerateQuery, engine: Engine, response: Response) -> Gener
     if query.view == "both":
         live, published = one("live")
         base, _ = one("base")
-        _tag(response, published)
+        tag(response, published)
         return GenerateBothView(live=live, base=base, revision=published.revision)
     answer, published = one(query.view)
-    _tag(response, published)
+    tag(response, published)
     return GenerateView(view=query.view, revision=published.revision, **answer.model_dump())
 
 
@@ -210,7 +176,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
     """What is loaded, and the digest of the exact state of its weights."""
     published = engine.published
     base, checkpoint = engine.base, engine.checkpoint
-    _tag(response, published)
+    tag(response, published)
     return ModelView(
         base_model=BaseModelView(ref=base.ref, kind=base.kind, digest=base.digest, parameters=base.parameters),
         editor=EditorView(name=checkpoint.name, digest=checkpoint.digest, aggregate=checkpoint.aggregate),
@@ -226,7 +192,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
 @router.get("/revision", responses=responses(503))
 def get_revision(engine: Loaded, response: Response) -> RevisionView:
     """Revision and digest alone: cheap to poll."""
-    _tag(response, engine.published)
+    tag(response, engine.published)
     return RevisionView.of(engine.published)
 
 
@@ -238,7 +204,7 @@ def get_export(query: Annotated[ExportQuery, Query()], engine: Loaded) -> Archiv
     """
     index, zipped = archived(lambda folder: engine.export(query.format, folder))
     response = ArchiveResponse(zipped, f"mend-{query.format}-{index['revision']}.zip")
-    _tag(response, index["revision"])
+    tag(response, index["revision"])
     return response
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
@@ -10,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from editors.formats import ExportFormat
-from service.engine import Capacity, OnConflict, Outcome, Published
+from service.engine import BatchOutcome, Capacity, EditRequest, ItemStatus, OnConflict, Outcome, Published
 from service.engine.history import Edit
 
 MAX_TEXT = 100_000
@@ -95,6 +97,26 @@ class EditBody(_Request):
             raise ValueError("must not be longer than 16,384 bytes as JSON")
         return value
 
+    def as_request(self, actor: str | None, idempotency_key: str | None, request_digest: str) -> EditRequest:
+        """What the engine is asked. request_digest: of all that one request sends."""
+        return EditRequest(
+            prompt=self.prompt,
+            correction=self.correction,
+            subject=self.subject,
+            paraphrases=tuple(self.paraphrases),
+            keep=tuple(self.keep),
+            reason=self.reason,
+            metadata=self.metadata,
+            actor=actor,
+            idempotency_key=idempotency_key,
+            request_digest=request_digest,
+        )
+
+
+def digest_of(*bodies: EditBody) -> str:
+    """By which a repeated request is known: SHA-256 of what it asks, in hexadecimal."""
+    return hashlib.sha256("\n".join(body.model_dump_json() for body in bodies).encode()).hexdigest()
+
 
 class EditQuery(_Request):
     """How to treat a correction."""
@@ -104,6 +126,18 @@ class EditQuery(_Request):
         "refuse", description="What to do about an active edit of a hardly different prompt with another answer."
     )
     allow_loss: bool = Field(False, description="Commit although earlier edits would no longer hold.")
+
+
+class BatchBody(_Request):
+    """Corrections that are made together."""
+
+    edits: list[EditBody] = Field(min_length=1)
+
+
+class BatchQuery(EditQuery):
+    """How to treat corrections that are made together."""
+
+    partial: bool = Field(False, description="Make those that can be made, not all or none.")
 
 
 class RollbackQuery(_Request):
@@ -196,9 +230,10 @@ class RolledBackBy(BaseModel):
 
 
 class EditView(BaseModel):
-    """An edit. revision and digest: of the state that it led to. scale: strength found by the line search.
+    """An edit. revision and digest: of the state that it led to; inside a batch there is none, so no digest.
 
-    supersedes: edits in whose place it is. superseded_by: the active edit in its place, while it stands.
+    scale: strength found by the line search. supersedes: edits in whose place it is. superseded_by: the active edit in
+    its place, while it stands.
     """
 
     id: str | None
@@ -212,19 +247,20 @@ class EditView(BaseModel):
     metadata: dict[str, JsonValue] = {}
     created_at: datetime | None = None
     scale: float | None
-    digest: str
+    digest: str | None
     timings_ms: dict[str, float]
     before: Answer
     after: Answer
     checks: Checks | None
     supersedes: list[str] = []
     superseded_by: str | None = None
+    batch: InBatchView | None = None
     rolled_back: RolledBackBy | None = None
     detail: str | None = None
 
     @classmethod
     def of_edit(cls, edit: Edit) -> Self:
-        applied, by = edit.applied, edit.rolled_back
+        applied, by, place = edit.applied, edit.rolled_back, edit.applied.batch
         return cls(
             id=applied.edit_id,
             revision=applied.sequence,
@@ -244,6 +280,7 @@ class EditView(BaseModel):
             checks=Checks.model_validate(applied.checks),
             supersedes=list(applied.supersedes),
             superseded_by=edit.superseded_by,
+            batch=place and InBatchView(id=place.id, position=place.position, size=place.size),
             rolled_back=by
             and RolledBackBy(
                 revision=by.sequence, at=by.created_at, reason=by.reason, actor=by.actor, revived=list(edit.revived)
@@ -271,6 +308,84 @@ class EditView(BaseModel):
         if outcome.committed:
             return shown
         return shown.model_copy(update={"id": None, "status": "dry_run", "revision": outcome.revision})
+
+
+class BatchItem(BaseModel):
+    """What became of one edit of a batch. index: its place in the request, from 0.
+
+    withheld: nothing is known to be wrong with it, but its batch was refused. code, detail and further members: why it
+    was refused itself.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    index: int
+    status: ItemStatus
+    prompt: str
+    correction: str
+    id: str | None = None
+    revision: int | None = None
+    scale: float | None = None
+    before: Answer | None = None
+    after: Answer | None = None
+    checks: Checks | None = None
+    supersedes: list[str] = []
+    code: str | None = None
+    detail: str | None = None
+
+
+class BatchChecks(BaseModel):
+    """What all edits do together. lost: earlier edits that held before, and no longer with these."""
+
+    drawdown: float
+    drawdown_budget: float
+    lost: list[str]
+
+
+class BatchSummary(BaseModel):
+    """A batch. id: null when it made no edit. revision and digest: of the state that it led to."""
+
+    id: str | None
+    revision: int
+    digest: str
+    applied: int
+    unchanged: int
+    refused: int
+    checks: BatchChecks | None
+    timings_ms: dict[str, float]
+
+    @classmethod
+    def of(cls, outcome: BatchOutcome) -> Self:
+        statuses = Counter(item["status"] for item in outcome.edits)
+        return cls(
+            id=outcome.id,
+            revision=outcome.revision,
+            digest=outcome.digest,
+            applied=statuses["applied"],
+            unchanged=statuses["unchanged"],
+            refused=statuses["refused"],
+            checks=BatchChecks.model_validate(outcome.checks) if outcome.checks else None,
+            timings_ms=dict(outcome.timings_ms),
+        )
+
+
+class BatchView(BatchSummary):
+    """A batch, with what became of each edit, in the order of the request."""
+
+    edits: list[BatchItem]
+
+    @classmethod
+    def of(cls, outcome: BatchOutcome) -> Self:
+        edits = [BatchItem.model_validate(item) for item in outcome.edits]
+        return cls(**BatchSummary.of(outcome).model_dump(), edits=edits)
+
+
+class InBatchView(BaseModel):
+    """Which edit of a batch this is, counted from 1; of the batch as a whole, drawdown and lost are in its last."""
+
+    id: str
+    position: int
+    size: int
 
 
 class EditPage(BaseModel):

@@ -1,10 +1,14 @@
 """The engine: stage, judge, commit, publish; roll back; replay."""
 
 from editors.decoding import Sampling
+from service.engine.batch import Tell
+from service.engine.batch_items import BatchOutcome, ItemStatus
 from service.engine.capacity import Capacity
 from service.engine.engine import Engine
 from service.engine.errors import (
     AlreadyRolledBack,
+    BatchRefused,
+    BatchTooLarge,
     DidNotTake,
     DrawdownExceeded,
     EditConflict,
@@ -22,6 +26,9 @@ from service.engine.requests import EditRequest, Limits, OnConflict, Outcome, Pu
 
 __all__ = [
     "AlreadyRolledBack",
+    "BatchOutcome",
+    "BatchRefused",
+    "BatchTooLarge",
     "Capacity",
     "DidNotTake",
     "DrawdownExceeded",
@@ -31,6 +38,7 @@ __all__ = [
     "EditRequest",
     "Engine",
     "EngineError",
+    "ItemStatus",
     "Limits",
     "NotReady",
     "OnConflict",
@@ -39,6 +47,7 @@ __all__ = [
     "RevisionMismatch",
     "Sampling",
     "StateFull",
+    "Tell",
     "TextTooLong",
     "WouldBreakEdits",
     "read_guard_prompts",

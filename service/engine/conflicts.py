@@ -24,65 +24,84 @@ MOST = 10
 
 
 @dataclass(frozen=True)
+class Near:
+    """An edit whose keys are near to another's. overlap: 0 to 1.
+
+    edit: the active one. index: instead, of one in the same batch, whose place nothing can take.
+    """
+
+    id: str
+    prompt: str
+    correction: str
+    overlap: float
+    edit: Edit | None = None
+    index: int | None = None
+
+    @classmethod
+    def of(cls, edit: Edit, overlap: float) -> Near:
+        return cls(edit.id, edit.applied.prompt, edit.applied.correction, overlap, edit)
+
+
+@dataclass(frozen=True)
 class Place:
     """An edit's place among the others.
 
-    supersedes: ids of all standing edits that it replaces. overlapping: active edits whose keys are near to its own,
-    each with the overlap, 0 to 1, nearest first.
+    supersedes: ids of all standing edits that it replaces. near: those whose keys are near to its own, nearest first.
     """
 
     supersedes: tuple[str, ...]
-    overlapping: tuple[tuple[Edit, float], ...]
+    near: tuple[Near, ...]
 
     def checks(self) -> list[JsonValue]:
         """The nearest edits as they are stored in the ledger and shown to the caller."""
         return [
-            {"id": edit.id, "overlap": round(overlap, 4), "superseded": edit.id in self.supersedes}
-            for edit, overlap in self.overlapping[:MOST]
+            {"id": each.id, "overlap": round(each.overlap, 4), "superseded": each.id in self.supersedes}
+            for each in self.near[:MOST]
         ]
 
 
-def find_place(
-    request: EditRequest, overlaps: Sequence[tuple[str, float]], history: History, on_conflict: OnConflict
-) -> Place:
-    """Where an edit goes. overlaps: of its rows, from the state, largest first.
-
-    Raises EditConflict when another prompt has too much of its keys and another answer, unless that is superseded.
-    """
-    replaced = history.standing_on(request.prompt)
-    overlapping = [
-        (edit, overlap)
+def find_near(overlaps: Sequence[tuple[str, float]], history: History) -> list[Near]:
+    """The active edits that are worth telling, nearest first. overlaps: from the state, largest first."""
+    return [
+        Near.of(edit, overlap)
         for factors_digest, overlap in overlaps
         if overlap >= NOTABLE
         for edit in history.active_with(factors_digest)
     ]
+
+
+def find_place(request: EditRequest, near: Sequence[Near], history: History, on_conflict: OnConflict) -> Place:
+    """Where an edit goes.
+
+    Raises EditConflict when another prompt has too much of its keys and another answer, unless that is superseded.
+    """
+    replaced = history.standing_on(request.prompt)
+    own = {edit.id for edit in replaced}
     conflicts = [
-        (edit, overlap)
-        for edit, overlap in overlapping
-        if overlap >= CONFLICT
-        and edit not in replaced
-        and edit.applied.correction.strip() != request.correction.strip()
+        each
+        for each in near
+        if each.overlap >= CONFLICT and each.id not in own and each.correction.strip() != request.correction.strip()
     ]
-    if conflicts and on_conflict == "refuse":
-        raise conflict(request.correction, conflicts)
-    return Place(history.with_superseded([*replaced, *(edit for edit, _ in conflicts)]), tuple(overlapping))
+    superseded = [each.edit for each in conflicts if each.edit is not None]
+    if conflicts and (on_conflict == "refuse" or len(superseded) < len(conflicts)):
+        raise _conflict(request.correction, conflicts)
+    return Place(history.with_superseded([*replaced, *superseded]), tuple(near))
 
 
-def conflict(correction: str, others: Sequence[tuple[Edit, float]]) -> EditConflict:
-    """Why an edit cannot stand beside these."""
-    (nearest, overlap), *_ = others
+def _conflict(correction: str, others: Sequence[Near]) -> EditConflict:
+    nearest, *_ = others
     return EditConflict(
-        f"refused: to the model this prompt is hardly another than {nearest.applied.prompt!r} (overlap {overlap:.2f}), "
-        f"whose answer is {nearest.applied.correction.strip()!r}, beside which {correction.strip()!r} cannot hold; "
-        "nothing was changed. Put the prompt so that what is asked stands before the subject, or let this edit take "
-        "the other's place with on_conflict=supersede",
+        f"refused: to the model this prompt is hardly another than {nearest.prompt!r} (overlap {nearest.overlap:.2f}), "
+        f"whose answer is {nearest.correction.strip()!r}, beside which {correction.strip()!r} cannot hold; nothing was "
+        "changed. Put the prompt so that what is asked stands before the subject, or let this edit take the other's "
+        "place with on_conflict=supersede",
         conflicts=[
             {
-                "id": edit.id,
-                "prompt": edit.applied.prompt,
-                "correction": edit.applied.correction,
-                "overlap": round(overlap, 4),
+                **({"id": each.id} if each.index is None else {"index": each.index}),
+                "prompt": each.prompt,
+                "correction": each.correction,
+                "overlap": round(each.overlap, 4),
             }
-            for edit, overlap in others[:MOST]
+            for each in others[:MOST]
         ],
     )

@@ -7,7 +7,7 @@ touches them. Reading (generate, status) never waits for any step but the copyin
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,18 +15,20 @@ from typing import Any, Literal, TypeVar
 
 from editors.base_model import BaseModel
 from editors.decoding import Generation, Sampling, generate
-from editors.errors import EmptyTextError
+from editors.errors import EditorsError, EmptyTextError
 from editors.formats import ExportFormat
 from editors.mend.checkpoint import Checkpoint
 from service.engine.answers import Answers
-from service.engine.errors import IdempotencyKeyReused, RevisionMismatch
+from service.engine.batch import Batch, Tell
+from service.engine.batch_items import BatchOutcome, Item, repeated_batch
+from service.engine.errors import BatchTooLarge, IdempotencyKeyReused, RevisionMismatch, TextTooLong
 from service.engine.export import Snapshot, write_export
 from service.engine.history import Edit, History
 from service.engine.journal import Journal
 from service.engine.judge import Judge
 from service.engine.proposal import Proposer
 from service.engine.requests import EditRequest, Limits, OnConflict, Outcome, Published, Terms
-from service.engine.single import make_edit
+from service.engine.single import make_edit, repeated_edit
 from service.engine.texts import Texts
 from service.engine.weights import Weights
 from service.engine.workshop import Workshop
@@ -116,13 +118,52 @@ class Engine:
         terms = Terms(dry_run, on_conflict, allow_loss)
 
         def attempt() -> Outcome:
-            repeated = self._repeated(request)
-            if repeated:
-                return repeated
+            edit = self._repeated(request)
+            if edit:
+                return repeated_edit(edit.applied)
             self._expect(expected_revision)
             return make_edit(self._workshop, request, tokens, terms)
 
         return self._behind_others(attempt)
+
+    def apply_batch(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        expected_revision: int | None = None,
+        dry_run: bool = False,
+        on_conflict: OnConflict = "refuse",
+        allow_loss: bool = False,
+        partial: bool = False,
+        tell: Tell = lambda step, done, of: None,
+    ) -> BatchOutcome:
+        """Make many corrections as one transaction, or find out what they would do.
+
+        requests: with one idempotency key and request digest, if any. partial: make those that can be made.
+        Raises BatchTooLarge; otherwise as `apply`, with every verdict.
+        """
+        if len(requests) > self.limits.batch_edits:
+            raise BatchTooLarge(
+                f"{len(requests)} edits are more than the {self.limits.batch_edits} of one batch; send them in several",
+                limit=self.limits.batch_edits,
+            )
+        items = [self._item(index, request) for index, request in enumerate(requests)]
+        batch = Batch(self._workshop, items, Terms(dry_run, on_conflict, allow_loss, partial), tell)
+
+        def attempt() -> BatchOutcome:
+            edit = self._repeated(requests[0])
+            if edit:
+                return repeated_batch(requests, [each.applied for each in self.history.batch(edit.applied.batch.id)])
+            self._expect(expected_revision)
+            return batch.make()
+
+        return self._behind_others(attempt)
+
+    def _item(self, index: int, request: EditRequest) -> Item:
+        try:
+            return Item(index, request, self._texts.encode(request))
+        except (EditorsError, TextTooLong) as error:
+            return Item(index, request, invalid=error)
 
     def rollback(
         self, edit_id: str, *, reason: str | None = None, actor: str | None = None, expected_revision: int | None = None
@@ -146,7 +187,7 @@ class Engine:
                     reason=reason,
                     state_digest=self.weights.state.digest(),
                 )
-                self._journal.commit(entry)
+                self._journal.commit((entry, b""))
             return self.history.find(edit_id)
 
         return self._behind_others(attempt)
@@ -190,14 +231,11 @@ class Engine:
         if revision is not None and revision != self.published.revision:
             raise RevisionMismatch(revision, self.published.revision)
 
-    def _repeated(self, request: EditRequest) -> Outcome | None:
-        """The outcome of an earlier request with the same key. Raises IdempotencyKeyReused if it was another one."""
+    def _repeated(self, request: EditRequest) -> Edit | None:
+        """What an earlier request with the same key made. Raises IdempotencyKeyReused if it was another request."""
         if request.idempotency_key is None:
             return None
         edit = self.history.by_idempotency_key(request.idempotency_key)
-        if edit is None:
-            return None
-        if edit.applied.request_digest != request.request_digest:
+        if edit is not None and edit.applied.request_digest != request.request_digest:
             raise IdempotencyKeyReused("this Idempotency-Key was used for another request; take a new key", id=edit.id)
-        applied = edit.applied
-        return Outcome(applied, applied.sequence, applied.state_digest, applied.before, committed=True, replayed=True)
+        return edit

@@ -11,10 +11,13 @@ from service.engine.requests import EditRequest
 from service.ledger import Applied
 
 
+def new_id(kind: str = "edit") -> str:
+    return f"{kind}_{uuid.uuid4().hex}"
+
+
 def applied_entry(request: EditRequest, raw: bytes, **measured: Any) -> Applied:
     """The entry of an edit that goes live. raw: its factors. measured: the other fields of `Applied`."""
     return Applied(
-        edit_id=f"edit_{uuid.uuid4().hex}",
         created_at=datetime.now(UTC),
         actor=request.actor,
         reason=request.reason,

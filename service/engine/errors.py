@@ -7,7 +7,10 @@
     │   ├── DrawdownExceeded     unrelated behaviour moved more than the budget
     │   ├── WouldBreakEdits      earlier edits would no longer hold
     │   ├── EditConflict         hardly another prompt than that of an active edit with another answer
-    │   └── StateFull            the active edits leave no room
+    │   ├── StateFull            the active edits leave no room
+    │   └── BatchRefused         some edits of a batch were refused, and so were all
+    ├── BatchTooLarge            more edits, or more bytes, than one transaction can hold
+    ├── DuplicatePrompt          a prompt that stands in the same batch before
     ├── EditNotFound
     ├── AlreadyRolledBack
     ├── RevisionMismatch         the caller's expected revision is not the current one
@@ -57,6 +60,18 @@ class EditConflict(EditRefused):
 
 class StateFull(EditRefused):
     code = "state_full"
+
+
+class BatchRefused(EditRefused):
+    code = "batch_refused"
+
+
+class BatchTooLarge(EngineError):
+    code = "batch_too_large"
+
+
+class DuplicatePrompt(EngineError):
+    code = "duplicate_prompt"
 
 
 class EditNotFound(EngineError):

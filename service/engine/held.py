@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from editors.base_model import BaseModel
@@ -18,7 +17,7 @@ from editors.text import Tokens
 from editors.views import UpperBlocks
 from service.engine.answers import Answers
 from service.engine.history import Edit
-from service.engine.margins import smallest_margins, states_below
+from service.engine.margins import smallest_margins, states_below, sure_nats
 from service.engine.weights import View
 
 
@@ -41,8 +40,7 @@ class HeldEdits:
     def __init__(self, base: BaseModel, answers: Answers) -> None:
         self._base, self._answers = base, answers
         self._known: dict[str, tuple[Tokens, Tensor]] = {}
-        self._sure_nats = max(0.01, 64 * torch.finfo(base.dtype).eps)
-        """Rounding moves a margin by less, and so what is decoded."""
+        self._sure_nats = sure_nats(base.dtype)
 
     def check(self, edits: Sequence[Edit], view: View) -> list[Held]:
         """How each edit fares on a view, in their order."""

@@ -160,6 +160,10 @@ class History:
         edit_id = self._by_key.get(key)
         return None if edit_id is None else self._edits[edit_id]
 
+    def batch(self, batch_id: str) -> list[Edit]:
+        """The edits of one batch, in order."""
+        return [edit for edit in self._edits.values() if edit.applied.batch and edit.applied.batch.id == batch_id]
+
     def newest_first(self) -> Iterator[Edit]:
         return iter(list(self._edits.values())[::-1])
 

@@ -28,16 +28,20 @@ class Journal:
         """What edits add to the state, as the ledger holds it. Raises LedgerUnavailable, LedgerCorrupt."""
         return [Factors.from_bytes(self._ledger.factors(edit.applied.sequence)) for edit in edits]
 
-    def commit(self, entry: Entry, raw: bytes = b"") -> dict[str, float]:
-        """Make what is staged durable, and then live. Returns the milliseconds of both steps.
+    def commit(self, *stored: tuple[Entry, bytes]) -> dict[str, float]:
+        """Make what is staged durable, with its factors, and then live. Returns the milliseconds of both steps.
 
         Raises LedgerConflict, LedgerUnavailable, EntryInvalid; then nothing is live.
         """
         clock = Clock()
-        self._ledger.append(entry, raw)
+        if len(stored) == 1:
+            self._ledger.append(*stored[0])
+        else:
+            self._ledger.append_all(stored)
         clock.lap("commit")
-        self._record(entry)
-        self._weights.publish(entry.sequence, entry.state_digest)
+        for entry, _ in stored:
+            self._record(entry)
+        self._weights.publish(self._last.sequence, self._last.state_digest)
         clock.lap("publish")
         return clock.laps
 
@@ -51,12 +55,18 @@ class Journal:
                 head=head,
                 revision=published,
             )
-        if head == published:
+        reached = self._last.sequence if self._last else 0
+        if head == published == reached:
             return
         # The state keeps what was read even if reading breaks off: the next call goes on behind it.
-        for entry, raw in self._ledger.read(after=self._last.sequence if self._last else 0):
+        for entry, raw in self._ledger.read(after=reached):
             self._replay(entry, raw)
         last = self._last
+        if last.state_digest is None:
+            raise LedgerDiverged(
+                f"the ledger ends at entry {last.sequence}, inside a batch; entries were lost: restore the Redis data",
+                sequence=last.sequence,
+            )
         actual = self._weights.state.digest()
         if actual != last.state_digest:
             raise LedgerDiverged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,11 @@ class Judge:
         ):
             answers[row].append(text)
         return answers
+
+
+def finite(nats: float) -> float | None:
+    """As it is told: JSON has no NaN."""
+    return round(nats, 4) if math.isfinite(nats) else None
 
 
 def did_not_take(correction: str, facts: dict[str, Any]) -> DidNotTake:

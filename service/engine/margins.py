@@ -16,6 +16,11 @@ SCORED = 512
 """Sequences and scored positions of one pass, at most: the vocabulary is wide."""
 
 
+def sure_nats(dtype: torch.dtype) -> float:
+    """A margin beyond which greedy decoding says the same tokens: rounding moves it by less."""
+    return max(0.01, 64 * torch.finfo(dtype).eps)
+
+
 def states_below(upper: UpperBlocks, tokens: Sequence[Tokens]) -> list[Tensor]:
     """What enters the first edited block for each sequence, (tokens, width); the same for every view."""
     states: list[Tensor] = []

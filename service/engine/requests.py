@@ -14,8 +14,12 @@ OnConflict = Literal["refuse", "supersede"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what one request may ask for, in tokens. guard_budget: largest drawdown, 0 to 1."""
+    """Bounds on what one request may ask for, in tokens. guard_budget: largest drawdown, 0 to 1.
 
+    batch_edits: most edits of one batch.
+    """
+
+    batch_edits: int = 5000
     prompt_tokens: int = 1024
     correction_tokens: int = 64
     new_tokens: int = 512
@@ -44,12 +48,13 @@ class Terms:
     """On which terms edits are made. dry_run: judge, but do not commit.
 
     on_conflict: what to do about an active edit whose prompt is hardly another, and whose answer is.
-    allow_loss: although earlier edits would no longer hold.
+    allow_loss: although earlier edits would no longer hold. partial: of a batch, make those that can be made.
     """
 
     dry_run: bool = False
     on_conflict: OnConflict = "refuse"
     allow_loss: bool = False
+    partial: bool = False
 
 
 @dataclass(frozen=True)

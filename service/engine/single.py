@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from editors.scale import SCALES
 from editors.text import Tokens
 from service.engine.capacity import require_room
 from service.engine.clock import Clock
-from service.engine.conflicts import find_place
-from service.engine.entries import applied_entry
-from service.engine.judge import checks, did_not_take, too_harmful
+from service.engine.conflicts import find_near, find_place
+from service.engine.entries import applied_entry, new_id
+from service.engine.judge import checks, did_not_take, finite, too_harmful
 from service.engine.proposal import Attempts
 from service.engine.requests import EditRequest, Outcome, Terms
 from service.engine.workshop import Workshop
@@ -29,7 +28,8 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
         return Outcome(None, now.revision, now.digest, before, committed=False)
     (draft,) = workshop.proposer.draft([tokens])
     clock.lap("propose")
-    place = find_place(request, weights.state.overlaps(draft.rows), history, terms.on_conflict)
+    near = find_near(weights.state.overlaps(draft.rows), history)
+    place = find_place(request, near, history, terms.on_conflict)
     others = [edit for edit in history.all_active() if edit.id not in place.supersedes]
     facts: dict[str, Any] = {}
     took = harm = None
@@ -51,6 +51,7 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
                     entry = applied_entry(
                         request,
                         raw,
+                        edit_id=new_id(),
                         sequence=now.revision + 1,
                         state_digest=weights.state.digest(),
                         scale=SCALES[index],
@@ -63,8 +64,7 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
             facts = {**measured, "after": {"text": verdict.after}}
             if took:
                 attempts.too_strong()
-    best = search.margins[search.strongest]
-    facts |= {"before": {"text": before}, "best_margin_nats": round(best, 4) if math.isfinite(best) else None}
+    facts |= {"before": {"text": before}, "best_margin_nats": finite(search.margins[search.strongest])}
     raise too_harmful(harm, facts) if took else did_not_take(request.correction, facts)
 
 
@@ -72,5 +72,10 @@ def _made(workshop: Workshop, entry: Applied, raw: bytes, terms: Terms) -> Outco
     now = workshop.weights.published
     if terms.dry_run:
         return Outcome(entry, now.revision, entry.state_digest, entry.before, committed=False)
-    laps = workshop.journal.commit(entry, raw)
+    laps = workshop.journal.commit((entry, raw))
     return Outcome(entry, entry.sequence, entry.state_digest, entry.before, committed=True, publish_ms=laps)
+
+
+def repeated_edit(applied: Applied) -> Outcome:
+    """The outcome of an edit as its entry in the ledger tells it."""
+    return Outcome(applied, applied.sequence, applied.state_digest, applied.before, committed=True, replayed=True)

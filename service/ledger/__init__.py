@@ -12,7 +12,7 @@ from service.ledger.errors import (
     LedgerError,
     LedgerUnavailable,
 )
-from service.ledger.records import Applied, Entry, RolledBack, digest_of
+from service.ledger.records import Applied, Entry, InBatch, RolledBack, digest_of
 from service.ledger.redis_ledger import RedisLedger
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "EmbeddedRedisError",
     "Entry",
     "EntryInvalid",
+    "InBatch",
     "LedgerConflict",
     "LedgerCorrupt",
     "LedgerError",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
     JsonValue,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from service.ledger.errors import EntryInvalid
@@ -33,15 +34,17 @@ def _in_utc(moment: datetime) -> datetime:
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
-class _Recorded(BaseModel):
+class _Strict(BaseModel):
+    # JSON has no NaN and no infinity: refused here rather than found as null after a restart.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Recorded(_Strict):
     """What every entry says.
 
     sequence: 1, 2, 3…, without gaps; also the revision that the entry leads to.
     created_at: UTC, to the microsecond. state_digest: `sha256:…` of the exact state after this entry.
     """
-
-    # JSON has no NaN and no infinity: refused here rather than found as null after a restart.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     sequence: int = Field(ge=1)
     edit_id: str
@@ -51,6 +54,23 @@ class _Recorded(BaseModel):
     state_digest: Digest
 
 
+class InBatch(_Strict):
+    """The place of an entry in the batch that it was stored with, all at once.
+
+    position: 1 to size. left_out: in the last entry, by their index in the request, the edits that have no entry, each
+    with the code of its refusal, or `unchanged`.
+    """
+
+    id: str
+    position: int = Field(ge=1)
+    size: int
+    left_out: dict[int, str] = Field(default_factory=dict)
+
+    @property
+    def ends(self) -> bool:
+        return self.position == self.size
+
+
 class Applied(_Recorded):
     """An edit went live.
 
@@ -58,9 +78,11 @@ class Applied(_Recorded):
     timings_ms: milliseconds per step. idempotency_key, request_digest: of the request, where it was sent with a key.
     factors_digest: `sha256:…` of the factor bytes stored beside this entry.
     supersedes: ids of every standing edit in whose place this one is, those included that they had superseded.
+    state_digest: None inside a batch, which leads to a state of its own only as a whole.
     """
 
     kind: Literal["applied"] = "applied"
+    state_digest: Digest | None
     prompt: str
     correction: str
     subject: str | None = None
@@ -76,6 +98,13 @@ class Applied(_Recorded):
     idempotency_key: str | None = None
     request_digest: str | None = None
     supersedes: tuple[str, ...] = ()
+    batch: InBatch | None = None
+
+    @model_validator(mode="after")
+    def _has_its_digest(self) -> Self:
+        if (self.state_digest is None) != (self.batch is not None and not self.batch.ends):
+            raise ValueError("state_digest must be there, but inside a batch it must not")
+        return self
 
 
 class RolledBack(_Recorded):

@@ -7,7 +7,7 @@ Works with Redis 6.2 and later, and with Valkey. Threads may share one RedisLedg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
@@ -20,6 +20,8 @@ from service.ledger.records import Applied, Entry, decode, digest_of, encode
 
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 5.0
+BYTES_PER_S = 10_000_000
+"""What is sent and stored at least so fast; a batch is given the time that it may take."""
 PAGE = 16  # entries of about 0.5 MB each: 8 MB in memory at a time
 
 _HEAD = """
@@ -34,18 +36,20 @@ end
 
 _READ_HEAD = _HEAD + "return head(KEYS[1])"
 
-# ARGV: id before it, own id, entry, factors. Answers nothing when the entry is stored, else the head.
-# An entry that is already there, byte for byte, counts as stored: a writer that lost the reply may ask again,
-# even after others have appended to it.
+# ARGV: id before the first, then id, entry and factors of each. Answers nothing when all are stored, else the head.
+# Entries that are already there count as stored, of which the last, byte for byte, is proof: a writer that lost the
+# reply may ask again, even after others have appended to it.
 _APPEND = (
     _HEAD
     + """
-local before, id, entry, factors = unpack(ARGV)
 local actual = head(KEYS[1])
-if actual == before then
-  redis.call('XADD', KEYS[1], id, 'entry', entry, 'factors', factors)
+if actual == ARGV[1] then
+  for i = 2, #ARGV, 3 do
+    redis.call('XADD', KEYS[1], ARGV[i], 'entry', ARGV[i + 1], 'factors', ARGV[i + 2])
+  end
   return false
 end
+local id, entry = ARGV[#ARGV - 2], ARGV[#ARGV - 1]
 local stored = redis.call('XRANGE', KEYS[1], id, id)[1]
 if stored and stored[2][1] == 'entry' and stored[2][2] == entry then return false end
 return actual
@@ -113,15 +117,41 @@ class RedisLedger:
         Raises LedgerConflict when the ledger ends elsewhere; EntryInvalid when factors and their digest disagree.
         Raises LedgerUnavailable when it is not known whether the entry was stored: append it again to learn it.
         """
-        problem = _mismatch(entry, factors)
-        if problem:
-            raise EntryInvalid(f"entry {entry.sequence} {problem}", sequence=entry.sequence)
-        raw = encode(entry)
-        before = entry.sequence - 1
-        with self._talking():
-            actual = self._append([self._key], [f"{before}-0", f"{entry.sequence}-0", raw, factors])
+        self.append_all([(entry, factors)])
+
+    def append_all(self, stored: Sequence[tuple[Entry, bytes]]) -> None:
+        """Store entries that follow on each other, each with its factor bytes, as `append` does: all of them or none.
+
+        Raises what `append` raises.
+        """
+        first, _ = stored[0]
+        arguments: list[str | bytes] = [f"{first.sequence - 1}-0"]
+        for sequence, (entry, factors) in enumerate(stored, first.sequence):
+            problem = _mismatch(entry, factors)
+            if entry.sequence != sequence:
+                problem = f"does not follow on entry {sequence - 1}"
+            if problem:
+                raise EntryInvalid(f"entry {entry.sequence} {problem}", sequence=entry.sequence)
+            arguments += [f"{entry.sequence}-0", encode(entry), factors]
+        with self._talking(), self._patient(sum(map(len, arguments))) as client:
+            actual = self._append([self._key], arguments, client=client)
         if actual is not None:
-            raise LedgerConflict(expected=before, actual=_sequence_of(actual))
+            raise LedgerConflict(expected=first.sequence - 1, actual=_sequence_of(actual))
+
+    @contextmanager
+    def _patient(self, size_bytes: int) -> Iterator[redis.Redis]:
+        """A client that waits for as long as so many bytes may take."""
+        options = self._client.get_connection_kwargs()
+        if size_bytes < BYTES_PER_S or options.get("socket_timeout") is None:
+            yield self._client
+            return
+        patience_s = options["socket_timeout"] + size_bytes / BYTES_PER_S
+        kind = self._client.connection_pool.connection_class
+        pool = redis.ConnectionPool(connection_class=kind, **{**options, "socket_timeout": patience_s})
+        try:
+            yield redis.Redis(connection_pool=pool)
+        finally:
+            pool.disconnect()
 
     def head(self) -> int:
         """Sequence of the last entry, 0 when there is none. Raises LedgerUnavailable, LedgerCorrupt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 
 import pytest
 from fastapi.routing import APIRoute
@@ -113,3 +114,11 @@ class TestOpenAPI:
 def test_openapi_is_json_and_names_no_error_of_the_framework(openapi):
     text = json.dumps(openapi)
     assert "HTTPValidationError" not in text
+
+
+def test_openapi_refers_to_nothing_that_is_not_there(openapi):
+    for reference in re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(openapi)):
+        found = openapi
+        for part in reference.split("/"):
+            assert part in found, reference
+            found = found[part]

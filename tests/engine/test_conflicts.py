@@ -8,7 +8,7 @@ import pytest
 
 from service.engine import EditConflict, EditRequest, StateFull
 from service.engine.capacity import LIMIT, Capacity
-from service.engine.conflicts import CONFLICT, MOST, NOTABLE, find_place
+from service.engine.conflicts import CONFLICT, MOST, NOTABLE, find_near, find_place
 from service.engine.history import History
 from service.ledger import digest_of
 from tests.engine.keyed_sum import KeyedSum
@@ -32,7 +32,7 @@ class TestFindPlace:
 
     def place(self, history, prompt, correction, overlaps, on_conflict="refuse"):
         found = [(digest_for(name), overlap) for name, overlap in overlaps.items()]
-        return find_place(EditRequest(prompt, correction), found, history, on_conflict)
+        return find_place(EditRequest(prompt, correction), find_near(found, history), history, on_conflict)
 
     @pytest.mark.parametrize("overlap", [CONFLICT, 0.99, 1.0])
     def test_refuses_another_answer_to_hardly_another_prompt(self, history, overlap):

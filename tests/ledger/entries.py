@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from service.ledger import Applied, RolledBack, digest_of
+from service.ledger import Applied, InBatch, RolledBack, digest_of
 
 FACTORS = bytes(range(256)) * 8
 STATE = digest_of(b"state")
@@ -39,3 +40,14 @@ def rolled_back(sequence: int, edit_id: str = "edit-1", /, **fields: Any) -> Rol
             **fields,
         }
     )
+
+
+def batch(first: int, factors: Sequence[bytes], /, **fields: Any) -> list[tuple[Applied, bytes]]:
+    """Entries that are stored at once, beginning at a sequence, with their factors."""
+    places = [
+        InBatch(id=f"batch-{first}", position=position, size=len(factors)) for position in range(1, len(factors) + 1)
+    ]
+    return [
+        (applied(sequence, raw, batch=place, state_digest=STATE if place.ends else None, **fields), raw)
+        for sequence, (place, raw) in enumerate(zip(places, factors, strict=True), first)
+    ]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from service.ledger import Applied, EntryInvalid
+from service.ledger import Applied, EntryInvalid, InBatch
 from service.ledger.records import decode, encode
-from tests.ledger.entries import applied, rolled_back
+from tests.ledger.entries import FACTORS, STATE, applied, batch, rolled_back
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 floats = st.floats(allow_nan=False, allow_infinity=False)
@@ -74,7 +74,7 @@ class TestRoundTrip:
 class TestAnOlderEntry:
     def test_reads_as_one_that_supersedes_nothing(self) -> None:
         fields = json.loads(encode(applied(1)))
-        del fields["supersedes"]
+        del fields["supersedes"], fields["batch"]
         assert decode(json.dumps(fields).encode()) == applied(1, created_at=fields["created_at"])
 
 
@@ -129,6 +129,23 @@ class TestRefused:
     def test_bytes_that_are_no_entry_say_so_in_one_line(self, raw: bytes) -> None:
         with pytest.raises(ValueError, match=r"^[^\n]+$"):
             decode(raw)
+
+
+class TestABatch:
+    def test_reads_back(self) -> None:
+        (first, _), (last, _) = batch(1, [FACTORS] * 2)
+        last = last.model_copy(update={"batch": last.batch.model_copy(update={"left_out": {3: "unchanged"}})})
+        for entry in (first, last):
+            assert decode(encode(entry)) == entry
+        assert (first.state_digest, last.state_digest) == (None, STATE)
+
+    @pytest.mark.parametrize(
+        ("position", "state_digest"), [(None, None), (1, STATE), (2, None)], ids=["alone", "inside", "end"]
+    )
+    def test_has_a_state_at_its_end_alone(self, position: int | None, state_digest: str | None) -> None:
+        place = position and InBatch(id="x", position=position, size=2)
+        with pytest.raises(ValidationError):
+            applied(1, batch=place, state_digest=state_digest)
 
 
 class TestFrozen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
@@ -19,7 +20,7 @@ from service.ledger import (
 )
 from service.ledger.records import encode
 from service.ledger.redis_ledger import PAGE
-from tests.ledger.entries import FACTORS, applied, rolled_back
+from tests.ledger.entries import FACTORS, applied, batch, rolled_back
 
 Connect = Callable[..., RedisLedger]
 
@@ -70,6 +71,77 @@ class TestAppendAndRead:
     def test_closed_it_opens_again(self, ledger: RedisLedger) -> None:
         ledger.close()
         ledger.ping()
+
+
+class TestABatch:
+    def test_is_stored_whole_and_read_as_its_entries(self, ledger: RedisLedger) -> None:
+        ledger.append(applied(1), FACTORS)
+        stored = batch(2, [FACTORS, b"", FACTORS * 2])
+        ledger.append_all(stored)
+        assert ledger.head() == 4
+        assert list(ledger.read(after=1)) == stored
+        ledger.append(applied(5), FACTORS)
+
+    def test_of_thousands_is_one_command(self, server: EmbeddedRedis, ledger: RedisLedger) -> None:
+        stored = batch(1, [FACTORS] * 5000)
+        with redis.Redis.from_url(server.url) as raw:
+            before = raw.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
+            ledger.append_all(stored)
+            assert raw.info("commandstats")["cmdstat_evalsha"]["calls"] - before <= 2
+        assert ledger.head() == 5000
+        assert [entry.sequence for entry, _ in ledger.read()] == list(range(1, 5001))
+
+    def test_that_lost_the_race_stores_nothing(self, ledger: RedisLedger) -> None:
+        ledger.append(applied(1), FACTORS)
+        with pytest.raises(LedgerConflict) as conflict:
+            ledger.append_all(batch(1, [FACTORS] * 3))
+        assert conflict.value.facts == {"expected": 0, "actual": 1}
+        assert ledger.head() == 1
+
+    def test_again_succeeds_and_is_stored_once(self, ledger: RedisLedger) -> None:
+        stored = batch(1, [FACTORS] * 3)
+        ledger.append_all(stored)
+        ledger.append_all(stored)
+        ledger.append(applied(4), FACTORS)
+        ledger.append_all(stored)
+        assert ledger.head() == 4
+        with pytest.raises(LedgerConflict):
+            ledger.append_all(batch(1, [FACTORS] * 3, actor="someone else"))
+
+    def test_with_one_bad_entry_stores_nothing(self, ledger: RedisLedger) -> None:
+        good = batch(1, [FACTORS] * 3)
+        for bad in (good[0], (good[1][0], b"other factors"), (applied(3), FACTORS)):
+            with pytest.raises(EntryInvalid):
+                ledger.append_all([good[0], bad, good[2]])
+        assert ledger.head() == 0
+
+    def test_is_given_the_time_that_its_size_may_take(self, server: EmbeddedRedis) -> None:
+        ledger = RedisLedger.connect(f"{server.url}?socket_timeout=0.2", "patience")
+        with redis.Redis.from_url(server.url) as raw:
+            factors = bytes(15_000_000)
+            raw.client_pause(1000, all=False)
+            with pytest.raises(LedgerUnavailable):
+                ledger.append(applied(1), FACTORS)
+            raw.client_pause(1000, all=False)
+            ledger.append_all(batch(1, [factors, factors]))
+            assert ledger.head() == 2
+        ledger.close()
+
+    def test_that_was_being_written_when_the_server_died_is_not_there(
+        self, own_server: EmbeddedRedis, connect: Connect, tmp_path: Path
+    ) -> None:
+        ledger = connect(own_server)
+        ledger.append(applied(1), FACTORS)
+        (log,) = (tmp_path / "redis" / "appendonlydir").glob("*.incr.aof")
+        before = log.stat().st_size
+        ledger.append_all(batch(2, [FACTORS] * 9))
+        own_server.stop()
+        whole = log.read_bytes()
+        for cut in (before + 10, (before + len(whole)) // 2, len(whole) - 5):
+            log.write_bytes(whole[:cut])
+            own_server.start()
+            assert ledger.head() == 1
+            own_server.stop()
 
 
 class TestConflict:

@@ -1,0 +1,38 @@
+"""What routes have in common: the engine, and headers that say who asks, on which condition, and at which revision."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Header, Request, Response
+
+from service.engine import Engine, Published, RevisionMismatch
+
+
+def current_engine(request: Request) -> Engine:
+    """The engine, once it is ready. Raises NotReady before that."""
+    return request.app.state.service.ready_engine()
+
+
+Loaded = Annotated[Engine, Depends(current_engine)]
+Actor = Annotated[str | None, Header(alias="X-Actor", max_length=200, description="Who asks; kept in the ledger.")]
+IfMatch = Annotated[str | None, Header(alias="If-Match", description="Only at this revision (its ETag).")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", min_length=1, max_length=200, description="Repeating the request makes one edit."),
+]
+
+
+def expected_revision(if_match: str | None, engine: Engine) -> int | None:
+    """The revision that an If-Match header names; `*` matches any."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    tag = if_match.strip().removeprefix("W/").strip('"')
+    if not tag.isascii() or not tag.isdigit() or len(tag) > 15:
+        raise RevisionMismatch(-1, engine.published.revision)
+    return int(tag)
+
+
+def tag(response: Response, published: Published | int) -> None:
+    revision = published if isinstance(published, int) else published.revision
+    response.headers["ETag"] = f'"{revision}"'

@@ -1,0 +1,134 @@
+"""The edits of a batch while it is worked on, and what became of each, as it is shown to the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import JsonValue
+
+from editors.errors import EditorsError
+from editors.text import Tokens
+from service.engine.conflicts import Place
+from service.engine.entries import new_id
+from service.engine.errors import EngineError
+from service.engine.judge import Verdict
+from service.engine.proposal import Draft
+from service.engine.requests import EditRequest
+from service.ledger import Applied
+
+ItemStatus = Literal["applied", "dry_run", "unchanged", "refused", "withheld"]
+"""withheld: nothing is known to be wrong with the edit, but its batch was refused."""
+UNCHANGED = "unchanged"
+
+
+@dataclass
+class Item:
+    """One edit of a batch. scale: 0 while the model says the correction without it.
+
+    tokens: None of one that is invalid. invalid: why it cannot even be tried. refusal: why it is not made.
+    searched: whether it is known at which scale it takes alone. margin_nats: when it was last tried.
+    """
+
+    index: int
+    request: EditRequest
+    tokens: Tokens | None = None
+    invalid: EngineError | EditorsError | None = None
+    refusal: EngineError | EditorsError | None = None
+    id: str = field(default_factory=new_id)
+    draft: Draft | None = None
+    before: str = ""
+    scale: float = 1.0
+    searched: bool = False
+    margin_nats: float = 0.0
+    supersedes: tuple[str, ...] = ()
+    place: Place | None = None
+    verdict: Verdict | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None
+
+    @property
+    def changes(self) -> bool:
+        return self.fits and self.scale > 0
+
+    @property
+    def staged(self) -> tuple[EditRequest, Tokens]:
+        return self.request, self.tokens
+
+    def shown(self, applied: Applied | None = None, *, made: bool = False) -> dict[str, JsonValue]:
+        """What became of it. applied: its entry, if it has one; it is in the ledger if it was made."""
+        if applied is not None:
+            return applied_shown(self.index, applied, made=made)
+        facts = dict(self.refusal.facts, code=self.refusal.code, detail=str(self.refusal)) if self.refusal else {}
+        status = "refused" if self.refusal else "withheld" if self.scale else UNCHANGED
+        after = {"after": {"text": self.verdict.after}} if self.verdict else {}
+        return {"before": {"text": self.before}, **after, **facts, **_asked(self.index, self.request, status)}
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """id: of the batch; None of one that made no edit. edits: what became of each, in order.
+
+    checks: drawdown, its budget and the earlier edits that were lost, of all edits together.
+    """
+
+    id: str | None
+    revision: int
+    digest: str
+    committed: bool
+    edits: Sequence[Mapping[str, JsonValue]]
+    checks: Mapping[str, JsonValue] = field(default_factory=dict)
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    replayed: bool = False
+
+
+def repeated_batch(requests: Sequence[EditRequest], entries: Sequence[Applied]) -> BatchOutcome:
+    """The outcome of a batch as its entries in the ledger tell it: refusals without their measurements."""
+    *_, last = entries
+    applied = iter(entries)
+
+    def shown(index: int, request: EditRequest) -> dict[str, JsonValue]:
+        code = last.batch.left_out.get(index)
+        if code is None:
+            return applied_shown(index, next(applied), made=True)
+        if code == UNCHANGED:
+            return _asked(index, request, UNCHANGED)
+        return {"code": code, **_asked(index, request, "refused")}
+
+    edits = [shown(index, request) for index, request in enumerate(requests)]
+    return BatchOutcome(
+        last.batch.id,
+        last.sequence,
+        last.state_digest,
+        True,
+        edits,
+        checks_of_all(last),
+        last.timings_ms,
+        replayed=True,
+    )
+
+
+def applied_shown(index: int, applied: Applied, *, made: bool) -> dict[str, JsonValue]:
+    """An edit that was made, or (dry run) would be."""
+    return {
+        **_asked(index, applied, "applied" if made else "dry_run"),
+        "id": applied.edit_id if made else None,
+        "revision": applied.sequence if made else None,
+        "scale": applied.scale,
+        "before": {"text": applied.before},
+        "after": {"text": applied.after},
+        "checks": applied.checks,
+        "supersedes": list(applied.supersedes),
+    }
+
+
+def checks_of_all(last: Applied) -> dict[str, JsonValue]:
+    """What the last entry of a batch holds about all of it."""
+    return {name: last.checks[name] for name in ("drawdown", "drawdown_budget", "lost")}
+
+
+def _asked(index: int, request: EditRequest | Applied, status: ItemStatus) -> dict[str, JsonValue]:
+    return {"index": index, "status": status, "prompt": request.prompt, "correction": request.correction}
