@@ -54,9 +54,12 @@ class BaseModel:
     def kind(self) -> Kind:
         return kind_of(self.model)
 
-    def encode(self, prompt: str, correction: str | None = None) -> Tokens:
-        """Tokenise a prompt and what should be answered. Raises EmptyTextError, UnknownLabel."""
-        return encode_for(self.model, self.tokenizer, prompt, correction)
+    def encode(self, prompt: str, correction: str | None = None, subject: str | None = None) -> Tokens:
+        """Tokenise a prompt and what should be answered. Raises EmptyTextError, UnknownLabel, SubjectNotFound.
+
+        subject: the part of the prompt that the correction is about; `Tokens.subject` then says where it ends.
+        """
+        return encode_for(self.model, self.tokenizer, prompt, correction, subject)
 
     def says(self, text: str, correction: str) -> bool:
         """Whether a decoded answer says the correction."""

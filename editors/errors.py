@@ -15,6 +15,7 @@
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
     ├── UnknownLabel                a correction that is none of a classifier's labels
+    ├── SubjectNotFound             a subject that the prompt does not name
     ├── ReportError                 measurements that cannot be read, compared or drawn
     ├── TrainingError               a training run cannot begin or go on
     │   ├── TrainingOptionsInvalid  options that make no sense, alone or together
@@ -24,7 +25,8 @@
     ├── ExportUnwritable            the disk is full, or the folder cannot be written
     └── StateError                  the exact state cannot take these factors
         ├── FactorsCorrupt          bytes that are not the factors they claim to be
-        └── StateOverflow           outside the grid of the accumulators
+        ├── FactorsNotHeld          factors to be taken out that are not in
+        └── StateOverflow           outside the grid of the accumulators, or of what float64 can solve
 
 Errors carry facts as attributes and a stable `code`; they know nothing of HTTP.
 """
@@ -111,6 +113,10 @@ class UnknownLabel(EditorsError):
     code = "unknown_label"
 
 
+class SubjectNotFound(EditorsError):
+    code = "subject_not_found"
+
+
 class ReportError(EditorsError):
     code = "report_error"
 
@@ -145,6 +151,10 @@ class StateError(EditorsError):
 
 class FactorsCorrupt(StateError):
     code = "factors_corrupt"
+
+
+class FactorsNotHeld(StateError):
+    code = "factors_not_held"
 
 
 class StateOverflow(StateError):

@@ -1,8 +1,9 @@
 """One edit as stored and as applied: low-rank factors in 16-bit integers with power-of-two scales.
 
 ΔW = 2^exponent · deltaᵀ u, of shape (d_out, d_in). Quantisation happens once, before anything is judged; from then
-on these integers are the edit. Each row of u is scaled to fill 16 bits and its scale moved into delta, so that a
-token with large inputs does not cost the others their precision.
+on these integers are the edit. `quantise` scales each row of u to fill 16 bits and moves its scale into delta, so that
+a token with large inputs does not cost the others their precision. `quantise_keyed` leaves every row its scale: its u
+are keys of unit norm, with a meaning of their own beside the product.
 
 Bytes: a safetensors file with three tensors per layer, `<name>:u` (rows, d_in) int16, `<name>:delta` (rows, d_out)
 int16 and `<name>:exponent` () int64.
@@ -27,6 +28,8 @@ BITS = 15
 LIMIT = 2**BITS - 1
 MAX_EXPONENT = 512
 """More than any product of two float32 numbers needs."""
+GRID_BITS = 32
+"""The grid on which edits add up (`editors.state`) is 2^-32; a keyed edit's own products lie on it already."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,16 @@ def quantise(rows: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> F
     return Factors({name: _quantise(name, u, delta, scale) for name, (u, delta) in sorted(rows.items())})
 
 
-def _quantise(name: str, u: Tensor, delta: Tensor, scale: float) -> LayerFactors:
+def quantise_keyed(rows: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> Factors:
+    """Round an edit of keys and wanted changes to 16 bits: its keys to 2^-15, its changes to 2^-17 or coarser.
+
+    rows: per target name, keys (rows, d_in) of unit norm and changes (rows, d_out), float; the changes are scaled.
+    Rows in which either is zero are dropped. Raises StateOverflow on NaN, infinity, or a key beyond unit norm.
+    """
+    return Factors({name: _quantise(name, u, delta, scale, keyed=True) for name, (u, delta) in sorted(rows.items())})
+
+
+def _quantise(name: str, u: Tensor, delta: Tensor, scale: float, *, keyed: bool = False) -> LayerFactors:
     # In numpy, whose frexp and ldexp are exact; torch computes ldexp through a float32 power.
     u = u.detach().cpu().double().numpy()
     delta = delta.detach().cpu().double().numpy() * scale
@@ -107,10 +119,14 @@ def _quantise(name: str, u: Tensor, delta: Tensor, scale: float) -> LayerFactors
     u, delta = u[kept], delta[kept]
     if not len(u):
         return LayerFactors(_int16(u), _int16(delta), 0)
-    row_exponent = np.frexp(np.abs(u).max(-1, keepdims=True))[1]  # (rows, 1): |u| < 2^e
+    if keyed and (longest := np.linalg.norm(u, axis=-1).max()) > 1 + 2.0**-BITS:
+        raise StateOverflow(f"a key proposed for {name} has norm {longest:.3g}; keys have unit norm", layer=name)
+    row_exponent = 0 if keyed else np.frexp(np.abs(u).max(-1, keepdims=True))[1]  # (rows, 1): |u| < 2^e
     u = np.ldexp(u, BITS - row_exponent)
     delta = np.ldexp(delta, row_exponent)
     exponent = int(np.frexp(np.abs(delta).max())[1])
+    if keyed:
+        exponent = max(exponent, 2 * BITS - GRID_BITS)
     return LayerFactors(_int16(u), _int16(np.ldexp(delta, BITS - exponent)), exponent - 2 * BITS)
 
 

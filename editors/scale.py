@@ -12,12 +12,12 @@ by at least `margin` nats; 0 is what greedy decoding needs, more buys generality
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from editors.state import Increment
 from editors.text import Tokens
 from editors.views import UpperBlocks, edited
 
@@ -54,20 +54,19 @@ class ScaleSearch:
 
 
 @torch.no_grad()
-def search_scale(
-    upper: UpperBlocks, hidden: Tensor, tokens: Tokens, rows: Mapping[str, tuple[Tensor, Tensor]]
-) -> ScaleSearch:
+def search_scale(upper: UpperBlocks, hidden: Tensor, tokens: Tokens, increment: Increment) -> ScaleSearch:
     """Try every scale of the grid.
 
     upper: blocks of the model as it is without the edit. hidden: (1, tokens, …) from `below`, for `tokens.inputs`.
-    rows: the edit, by the name of its target in `upper.targets`: u (rows, d_in), delta (rows, d_out).
+    increment: what the edit changes there, by the name of its target in `upper.targets`; from a `State`.
     """
     scales = torch.tensor(SCALES, device=hidden.device)
     count = len(scales)
     factored = {
-        name: (u[None].expand(count, -1, -1), scales[:, None, None] * delta[None]) for name, (u, delta) in rows.items()
+        name: (u[None].expand(count, -1, -1), scales[:, None, None] * delta[None] + offset)
+        for name, (u, delta, offset) in increment.items()
     }
-    with edited(upper.module, upper.targets, factored):
+    with edited(upper.module, [target for target in upper.targets if target.name in factored], factored):
         logits = upper.logits(hidden.expand(count, *hidden.shape[1:]), [tokens] * count)
     margins = token_margins(logits, torch.tensor(tokens.target, device=hidden.device).repeat(count))
     return ScaleSearch(tuple(margins.view(count, len(tokens.target)).amin(1).tolist()))

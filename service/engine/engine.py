@@ -137,7 +137,7 @@ class Engine:
         hidden = self._proposer.below(tokens)
         rows = self._proposer.propose(tokens, hidden)
         clock.lap("propose")
-        proposed = self._proposer.search(tokens, hidden, rows)
+        proposed = self._proposer.search(tokens, hidden, rows, self._state.increment(rows))
         clock.lap("search")
         verdict: Verdict | None = None
         attempts = Attempts(proposed)

@@ -15,6 +15,7 @@ from editors.capture import capture
 from editors.factors import Factors, quantise
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import SCALES, ScaleSearch, search_scale
+from editors.state import Increment
 from editors.text import Tokens
 from editors.views import UpperBlocks
 
@@ -83,11 +84,13 @@ class Proposer:
         editor = self._checkpoint.editor
         return editor(captured).rows_of(editor.targets, 0)
 
-    def search(self, tokens: Tokens, hidden: Tensor, rows: Mapping[str, tuple[Tensor, Tensor]]) -> Proposed:
-        """Try the edit at every scale on top of what is live now."""
+    def search(
+        self, tokens: Tokens, hidden: Tensor, rows: Mapping[str, tuple[Tensor, Tensor]], increment: Increment
+    ) -> Proposed:
+        """Try the edit at every scale on top of what is live now. increment: what its rows change there."""
         names = {
             full.name: short.name
             for full, short in zip(self._checkpoint.editor.targets, self._live.targets, strict=True)
         }
-        found = search_scale(self._live, hidden, tokens, {names[name]: pair for name, pair in rows.items()})
+        found = search_scale(self._live, hidden, tokens, {names[name]: change for name, change in increment.items()})
         return Proposed(tokens, rows, found, self._checkpoint.margin_nats)

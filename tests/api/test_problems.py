@@ -31,7 +31,7 @@ OF_COMMANDS = {
     "training_diverged", "archive_unreadable", "archive_unsafe", "archive_mismatch",
 }  # fmt: skip
 """Of training, evaluation and checkpoints, which no client meets."""
-INSIDE = {"factors_corrupt"}
+INSIDE = {"factors_corrupt", "factors_not_held"}
 """Told to a client as `ledger_diverged`, since it is the ledger that holds them."""
 OF_HTTP = {
     "malformed_body", "invalid_utf8", "not_found", "method_not_allowed", "body_too_large", "invalid_request",

@@ -27,6 +27,7 @@ def test_codes_are_unique_and_stable():
         "UnknownLabel": "unknown_label",
         "ExportUnwritable": "export_unwritable",
         "FactorsCorrupt": "factors_corrupt",
+        "FactorsNotHeld": "factors_not_held",
         "NothingToExport": "nothing_to_export",
         "ReportError": "report_error",
         "ResumeRefused": "resume_refused",

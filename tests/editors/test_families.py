@@ -13,7 +13,7 @@ from editors.factors import quantise
 from editors.mend.editor import MendEditor
 from editors.mend.variant import Variant
 from editors.scale import SCALES, search_scale, token_margins
-from editors.state import SumState
+from editors.state import SumState, standalone
 from editors.targets import EDITED_BLOCKS, EDITED_BLOCKS_OF_EACH, MLP_BY_FAMILY, find_stacks, resolve_targets
 from editors.views import UpperBlocks, edited, view
 from tests.editors.dense import changed, gradients, loss, predictions
@@ -156,7 +156,7 @@ def test_the_search_tries_every_scale_on_the_sequence_itself(model):
     rows = {
         short.name: (u, -0.1 * delta) for short, u, delta in zip(upper.targets, captured.u, captured.delta, strict=True)
     }
-    found = search_scale(upper, hidden, tokens, rows)
+    found = search_scale(upper, hidden, tokens, standalone(rows))
     full = {full.name: rows[short.name] for short, full in zip(upper.targets, targets, strict=True)}
     for index in (0, len(SCALES) // 2, len(SCALES) - 1):
         logits = predictions(changed(model, targets, full, SCALES[index]), tokens)[-len(tokens.target) :]

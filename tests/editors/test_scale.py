@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from editors.capture import capture
+from editors.factors import quantise_keyed
+from editors.least_squares import LeastSquaresState
 from editors.scale import SCALES, ScaleSearch, search_scale, token_margins
+from editors.state import standalone
 from editors.text import encode
-from editors.views import UpperBlocks
+from editors.views import UpperBlocks, view
 from tests.editors.dense import FACTS, changed, logits
+from tests.editors.keyed import metric, some_rows
 from tests.small import small_editor
 
 
@@ -20,7 +24,7 @@ class TestSearch:
         upper = UpperBlocks(base.model, editor.targets)
         hidden = upper.below([tokens.inputs])
         proposal = editor(capture(upper, hidden, [tokens]))
-        found = search_scale(upper, hidden, tokens, proposal.rows_of(upper.targets, 0))
+        found = search_scale(upper, hidden, tokens, standalone(proposal.rows_of(upper.targets, 0)))
         assert len(found.margins) == len(SCALES)
         for scale, margin in list(zip(SCALES, found.margins, strict=True))[::6]:
             model = changed(base.model, editor.targets, proposal.rows_of(editor.targets, 0), scale)
@@ -33,9 +37,40 @@ class TestSearch:
         upper = UpperBlocks(base.model, editor.targets)
         hidden = upper.below([tokens.inputs])
         before, kept = upper.logits(hidden, [tokens]), hidden.clone()
-        search_scale(upper, hidden, tokens, editor(capture(upper, hidden, [tokens])).rows_of(upper.targets, 0))
+        rows = editor(capture(upper, hidden, [tokens])).rows_of(upper.targets, 0)
+        search_scale(upper, hidden, tokens, standalone(rows))
         assert torch.equal(upper.logits(hidden, [tokens]), before)
         assert torch.equal(hidden, kept)
+
+
+@pytest.mark.parametrize("held", [0, 2, 60])
+class TestSearchOnTopOfOthers:
+    def test_margins_are_those_of_the_written_weights(self, base, held):
+        """With least squares, where an edit moves those that are there; 60 are more than a weight has inputs."""
+        editor, tokens = small_editor(base), encode(base.tokenizer, *FACTS[0])
+        state = LeastSquaresState(editor.targets, *metric(editor.targets))
+        state.add(*(quantise_keyed(some_rows(editor.targets, seed, 1)) for seed in range(held)))
+        live = view(base.model, [target.name for target in editor.targets])
+        state.write(base.model, live)
+        upper = UpperBlocks(live, editor.targets)
+        hidden = upper.below([tokens.inputs])
+        captured = capture(upper, hidden, [tokens])
+        rows = {
+            target.name: (torch.nn.functional.normalize(u[-1:]), -0.3 * torch.nn.functional.normalize(delta[-1:]))
+            for target, u, delta in zip(editor.targets, captured.u, captured.delta, strict=True)
+        }
+        increment = state.increment(rows)
+        short = {full.name: short.name for full, short in zip(editor.targets, upper.targets, strict=True)}
+        found = search_scale(upper, hidden, tokens, {short[name]: change for name, change in increment.items()})
+        for index in range(0, len(SCALES), 6):
+            more = quantise_keyed(rows, SCALES[index])
+            state.add(more)
+            state.write(base.model, live)
+            predictions = logits(live, tokens.inputs)[list(tokens.scored)]
+            expected = token_margins(predictions, torch.tensor(tokens.target)).min().item()
+            assert found.margins[index] == pytest.approx(expected, abs=2e-3)
+            state.remove(more)
+        assert max(found.margins) - min(found.margins) > 0.1
 
 
 class TestMargins:

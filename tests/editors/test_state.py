@@ -161,11 +161,52 @@ class TestRollback:
         assert state.digest() == before
         assert state.edits == 1
 
+    def test_a_refused_edit_takes_those_that_came_with_it_along(self):
+        targets = TARGETS["linear"]
+        state = SumState(targets)
+        with pytest.raises(FactorsCorrupt):
+            state.add(some_factors(targets, 0), some_factors(TARGETS["conv1d"], 0))
+        assert (state.digest(), state.edits) == (SumState(targets).digest(), 0)
+
+    def test_several_at_once_are_as_one_by_one(self):
+        targets, edits = TARGETS["linear"], [some_factors(TARGETS["linear"], seed) for seed in range(5)]
+        together, in_turn = SumState(targets), SumState(targets)
+        together.add(*edits)
+        together.remove(edits[1], edits[3])
+        for index in (4, 0, 2):
+            in_turn.add(edits[index])
+        assert (together.digest(), together.edits) == (in_turn.digest(), 3)
+
+    def test_more_edits_than_are_counted_on_are_refused(self, monkeypatch):
+        monkeypatch.setattr("editors.state.MAX_EDITS", 2)
+        state = SumState(TARGETS["linear"])
+        state.add(some_factors(TARGETS["linear"], 0))
+        with pytest.raises(StateOverflow, match="1 edits are active, and 2 more would be above 2"):
+            state.add(some_factors(TARGETS["linear"], 1), some_factors(TARGETS["linear"], 2))
+        state.add(some_factors(TARGETS["linear"], 1))
+
     def test_factors_of_another_model_are_refused(self):
         state = SumState(TARGETS["linear"])
         with pytest.raises(FactorsCorrupt):
             state.add(some_factors(TARGETS["conv1d"], 0))
         assert state.digest() == SumState(TARGETS["linear"]).digest()
+
+
+class TestQueries:
+    def test_one_more_edit_adds_its_own_product(self):
+        state, rows = SumState(TARGETS["linear"]), {"w": (torch.ones(2, 3), torch.ones(2, 4))}
+        for seed in (0, 1):
+            u, delta, offset = state.increment(rows)["w"]
+            assert torch.equal(u, rows["w"][0])
+            assert torch.equal(delta, rows["w"][1])
+            assert torch.equal(offset, torch.zeros(2, 4))
+            state.add(some_factors(TARGETS["linear"], seed))
+
+    def test_a_sum_knows_neither_whose_keys_are_taken_nor_when_it_is_full(self):
+        state = SumState(TARGETS["linear"])
+        state.add(some_factors(TARGETS["linear"], 0))
+        assert state.overlaps({"w": (torch.ones(2, 3), torch.ones(2, 4))}) == []
+        assert state.fullness() is None
 
 
 class TestFactors:

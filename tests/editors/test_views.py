@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from editors.base_model import BaseModel
 from editors.capture import Capture, capture
 from editors.scale import SCALES, search_scale
+from editors.state import standalone
 from editors.targets import resolve_targets
 from editors.text import Tokens
 from editors.views import UpperBlocks, edited, view
@@ -163,7 +164,7 @@ class TestWhatCannotBeCut:
             for u, delta, owner, gradient in zip(rows.u, rows.delta, rows.example, found, strict=True):
                 mine = owner == number
                 torch.testing.assert_close(delta[mine].T @ u[mine], gradient, rtol=1e-3, atol=1e-5)
-        search = search_scale(upper, hidden[:1], sequences[0], capture_rows(upper, rows))
+        search = search_scale(upper, hidden[:1], sequences[0], standalone(capture_rows(upper, rows)))
         assert len(search.margins) == len(SCALES)
 
 

@@ -1,0 +1,301 @@
+"""The exact state of edits that know of each other: least squares in whitened coordinates, after MALMEN.
+
+Each row of an edit is a key κ, of unit norm, and a change v that the weight's output is wanted to make for it. With K
+(rows, d_in) and V (rows, d_out) those of all active edits, and L the lower Cholesky factor of the covariance of
+generic inputs,
+
+    ΔWᵀ = L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV
+
+is the change that gives every key its own output as nearly as the ridge λ lets it, and moves other inputs least. The
+more rows there are, the more they disturb each other and everything else: λ grows as a power of their number.
+What accumulates are KᵀK and KᵀV, as integers: keys lie on a grid of 2^-15 and changes on one of 2^-17, so that
+nothing is rounded at all. Below d_in rows the solve takes the rows themselves, in the order of their edits' digests
+(`editors.ridge`, the dual form); from there on it takes the integers, and no longer grows with the edits.
+
+Promised: integers and digest are equal for equal multisets of edits, everywhere. The weights are a function of the
+multiset too, whatever was added and removed on the way; their bits are those of one software on one kind of machine,
+where they do not depend on the process, its threads or its settings for them.
+
+Source: Tan et al., "Massive Editing for Large Language Models via Meta Learning", ICLR 2024.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from editors.errors import CheckpointUnreadable, FactorsNotHeld, StateOverflow
+from editors.factors import BITS, GRID_BITS, Factors, LayerFactors, digest, quantise_keyed
+from editors.ridge import Ridge, reproducibly
+from editors.state import CONTRIBUTION_BITS, Increment, Rows, check_fit, write_change
+from editors.targets import Target
+
+CHANGE_BITS = CONTRIBUTION_BITS - BITS
+"""A row may want an output changed by less than 2^(40-32) = 256."""
+MAX_ROWS = 2**22
+"""So many rows stay below 2^62 in KᵀV, and below 2^53 in KᵀK."""
+MIN_RIDGE = 1e-6
+"""Far above the rounding of float64, so that even edits with one and the same key can be solved for."""
+ROWS_PER_PRODUCT = 2**13
+"""So many products of a key (15 bits) and a change (25 bits) are exact in float64, in whatever order they add up."""
+
+
+@dataclass(frozen=True)
+class RidgeLaw:
+    """λ = first · rows^growth. first: at one row, at least MIN_RIDGE. growth: at least 0."""
+
+    first: float
+    growth: float = 0.0
+
+    def ridge(self, rows: int) -> float:
+        return self.first * max(1, rows) ** self.growth
+
+
+class LeastSquaresState:
+    """The rows of the active edits, with KᵀK and KᵀV as int64 per target. A `State`.
+
+    targets: the edited weights. device: where the accumulators live and systems are solved.
+    whitening: per target name L, lower triangular (d_in, d_in) float64.
+    ridges: per target name the `RidgeLaw` that gives λ.
+    Raises CheckpointUnreadable when either is missing or cannot be what it should be.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        whitening: Mapping[str, Tensor],
+        ridges: Mapping[str, RidgeLaw],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.targets = {target.name: target for target in targets}
+        self.edits = 0
+        self._device = torch.device(device)
+        self._whitening, self._ridges, self._metrics = {}, {}, {}
+        self.grams: dict[str, Tensor] = {}
+        """KᵀK, (d_in, d_in), in units of 2^-30."""
+        self.products: dict[str, Tensor] = {}
+        """KᵀV, (d_in, d_out), in units of 2^-32."""
+        for name, target in sorted(self.targets.items()):
+            law = _checked_law(target, ridges.get(name))
+            L = _checked_factor(target, whitening.get(name))
+            self._whitening[name], self._ridges[name] = L.to(self._device), law
+            raw = L.cpu().numpy().astype("<f8", copy=False)
+            metric = hashlib.sha256(raw).hexdigest()
+            self._metrics[name] = f"ridge {law.first.hex()} {law.growth.hex()} whitening sha256:{metric}"
+            self.grams[name] = torch.zeros(target.d_in, target.d_in, dtype=torch.int64, device=self._device)
+            self.products[name] = torch.zeros(target.d_in, target.d_out, dtype=torch.int64, device=self._device)
+        self._held: dict[str, list[Factors]] = {}
+        """By the digest of their bytes; a list as long as that edit is active times."""
+        self._rows: Counter[str] = Counter()
+        self._solved: dict[str, Ridge] = {}
+
+    @staticmethod
+    def quantise(rows: Rows, scale: float = 1.0) -> Factors:
+        """Keys and wanted changes as they are stored. Raises StateOverflow."""
+        return quantise_keyed(rows, scale)
+
+    def add(self, *factors: Factors) -> None:
+        """Take edits in. All or nothing: raises StateOverflow or FactorsCorrupt with the state unchanged."""
+        digests = [digest(edit.to_bytes()) for edit in factors]
+        self._accumulate(factors, 1)
+        for key, edit in zip(digests, factors, strict=True):
+            self._held.setdefault(key, []).append(edit)
+
+    def remove(self, *factors: Factors) -> None:
+        """Take edits out again, exactly. All or nothing: raises FactorsNotHeld with the state unchanged."""
+        leaving = Counter(digest(edit.to_bytes()) for edit in factors)
+        for key, copies in leaving.items():
+            if copies > len(self._held.get(key, ())):
+                raise FactorsNotHeld(f"the factors {key} are not active, or not {copies} times", factors_digest=key)
+        self._accumulate(factors, -1)
+        for key, copies in leaving.items():
+            del self._held[key][-copies:]
+            if not self._held[key]:
+                del self._held[key]
+
+    def _accumulate(self, factors: Sequence[Factors], sign: int) -> None:
+        layers = self._layers(factors)
+        rows = {name: sign * sum(layer.rows for layer in of_target) for name, of_target in layers.items()}
+        for name, more in rows.items():
+            if self._rows[name] + more > MAX_ROWS:
+                raise StateOverflow(f"{name} cannot hold more than {MAX_ROWS} rows; roll some edits back", layer=name)
+        changes = {name: self._products(name, of_target) for name, of_target in layers.items()}
+        for name, (gram, product) in changes.items():
+            self.grams[name].add_(gram, alpha=sign)
+            self.products[name].add_(product, alpha=sign)
+            self._rows[name] += rows[name]
+        self.edits += sign * len(factors)
+        self._solved.clear()
+
+    def _layers(self, factors: Iterable[Factors]) -> dict[str, list[LayerFactors]]:
+        layers: dict[str, list[LayerFactors]] = {}
+        for edit in factors:
+            for name, layer in edit.layers.items():
+                check_fit(self.targets.get(name), name, layer)
+                layers.setdefault(name, []).append(layer)
+        return layers
+
+    def _products(self, name: str, layers: Sequence[LayerFactors]) -> tuple[Tensor, Tensor]:
+        """KᵀK and KᵀV of some rows, exact."""
+        keys, changes = self._stack(layers)
+        if any(layer.exponent < -GRID_BITS for layer in layers):
+            raise StateOverflow(
+                f"the changes wanted of {name} are finer than the grid; they are not of a keyed edit", layer=name
+            )
+        if (changes.abs() >= 2.0**CHANGE_BITS).any():
+            raise StateOverflow(
+                f"this edit would change an output of {name} by {changes.abs().max() * 2.0 ** (BITS - GRID_BITS):.3g}, "
+                f"more than the state can hold ({2.0 ** (CHANGE_BITS + BITS - GRID_BITS):g})",
+                layer=name,
+            )
+        gram, product = torch.zeros_like(self.grams[name]), torch.zeros_like(self.products[name])
+        for some, wanted in zip(keys.split(ROWS_PER_PRODUCT), changes.split(ROWS_PER_PRODUCT), strict=True):
+            gram += (some.T @ some).to(torch.int64)
+            product += (some.T @ wanted).to(torch.int64)
+        return gram, product
+
+    def _stack(self, layers: Sequence[LayerFactors]) -> tuple[Tensor, Tensor]:
+        """All rows as whole numbers in float64: keys (rows, d_in) of 2^-15, changes (rows, d_out) of 2^-17."""
+        counts = torch.tensor([layer.rows for layer in layers])
+        units = torch.tensor([2.0 ** (layer.exponent + GRID_BITS) for layer in layers], dtype=torch.float64)
+        keys = torch.cat([layer.u for layer in layers]).to(self._device).double()
+        changes = torch.cat([layer.delta for layer in layers]).to(self._device).double()
+        return keys, changes * units.repeat_interleave(counts).to(self._device)[:, None]
+
+    @torch.no_grad()
+    def write(self, base: nn.Module, view: nn.Module) -> None:
+        """Set the edited weights of `view` to base + state, in the view's own dtype.
+
+        Where a weight is not changed at all it keeps the base's own bits, the sign of a zero included.
+        Raises StateOverflow, before any is written, when the keys are too alike to be solved for.
+        """
+        changes = {name: self._change(name) for name in self.targets}
+        for name, target in self.targets.items():
+            write_change(target, changes[name], 1.0, base, view)
+
+    def _change(self, name: str) -> Tensor:
+        """ΔW, (d_out, d_in) float64."""
+        target = self.targets[name]
+        if not self._rows[name]:
+            return torch.zeros(target.d_out, target.d_in, dtype=torch.float64, device=self._device)
+        return reproducibly(self._device, self._unwhiten, name, self._solution(name).solution).T
+
+    @torch.no_grad()
+    def rows(self) -> Rows:
+        """What all edits do together, as rows whose product is ΔW = deltaᵀ u: (rows, d_in) and (rows, d_out), float64.
+
+        As many as the edits have, or d_in where they have more.
+        """
+        return {name: self._joined(name) for name in self.targets}
+
+    def _joined(self, name: str) -> tuple[Tensor, Tensor]:
+        solved = self._solution(name)
+        if solved.keys is None:  # ΔW itself
+            eye = torch.eye(self.targets[name].d_in, dtype=torch.float64, device=self._device)
+            return eye, self._unwhiten(name, solved.solution)
+        return self._unwhiten(name, solved.keys.T).T, solved.weights
+
+    def _unwhiten(self, name: str, rows: Tensor) -> Tensor:
+        """L⁻ᵀ rows, for rows (d_in, n)."""
+        return torch.linalg.solve_triangular(self._whitening[name].T, rows, upper=True)
+
+    def _solution(self, name: str) -> Ridge:
+        if name not in self._solved:
+            self._solved[name] = reproducibly(self._device, self._solve, name)
+        return self._solved[name]
+
+    def _solve(self, name: str) -> Ridge:
+        target, ridge = self.targets[name], self._ridges[name].ridge(self._rows[name])
+        if self._rows[name] >= target.d_in:
+            gram = self.grams[name].double() * 2.0 ** (-2 * BITS)
+            return Ridge.primal(gram, self.products[name].double() * 2.0**-GRID_BITS, ridge)
+        # In one order, whatever the edits came in: a sum of floats depends on it.
+        held = self._layers(edit for key in sorted(self._held) for edit in self._held[key]).get(name)
+        if held is None:
+            nothing = torch.zeros(0, target.d_in + target.d_out, dtype=torch.float64, device=self._device)
+            return Ridge.dual(*nothing.split(target.shape, dim=1), ridge)
+        keys, changes = self._stack(held)
+        return Ridge.dual(keys * 2.0**-BITS, changes * 2.0 ** (BITS - GRID_BITS), ridge)
+
+    def digest(self) -> str:
+        """`sha256:…` of every accumulator and of what weighs it: name, shape, ridge and whitening."""
+        sha = hashlib.sha256()
+        for name, gram in self.grams.items():
+            units = f"2^-{2 * BITS} 2^-{GRID_BITS}"
+            sha.update(f"least_squares {name} {self.targets[name].shape} {units} {self._metrics[name]}\n".encode())
+            for accumulator in (gram, self.products[name]):
+                sha.update(accumulator.cpu().numpy().astype("<i8", copy=False))
+        return f"sha256:{sha.hexdigest()}"
+
+    @torch.no_grad()
+    def increment(self, rows: Rows) -> Increment:
+        """What adding one more edit would change: with P = (KᵀK + λI)⁻¹ and its rows K', V', by Woodbury's identity
+
+            u = (I + K'PK'ᵀ)⁻¹ K'P L⁻¹,  delta = V',  offset = −K' Lᵀ ΔWᵀ
+
+        with λ as it is; that it grows with the number of rows is left to whoever writes the weights.
+        rows: per target name, keys (rows, d_in) and changes (rows, d_out), as `quantise_keyed` takes them.
+        """
+        return {name: self._increment(name, keys, changes) for name, (keys, changes) in rows.items()}
+
+    def _increment(self, name: str, keys: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        solved, K = self._solution(name), keys.to(self._device).double()
+        PKt = solved.invert(K.T)  # (d_in, rows)
+        inner = torch.eye(len(K), dtype=K.dtype, device=K.device) + K @ PKt
+        u = torch.linalg.solve(inner, self._unwhiten(name, PKt).T)
+        return u.to(keys), changes, (-K @ solved.solution).to(changes)
+
+    def overlaps(self, rows: Rows) -> list[tuple[str, float]]:
+        """The digest of every held edit with the largest |cosine| between a key of its and one of these rows, 0 to 1.
+
+        Largest first, over all targets; an edit that is active twice is named once.
+        """
+        digests = sorted(self._held)
+        best = torch.zeros(len(digests), dtype=torch.float64, device=self._device)
+        for name, (keys, _) in rows.items():
+            layers = [self._held[key][0].layers.get(name) for key in digests]
+            held = [layer for layer in layers if layer is not None]
+            if held and len(keys):
+                own = normalize(keys.to(self._device).double())
+                cosines = (normalize(self._stack(held)[0]) @ own.T).abs().amax(1)  # (rows held,)
+                counts = torch.tensor([layer.rows if layer is not None else 0 for layer in layers])
+                owners = torch.arange(len(digests)).repeat_interleave(counts).to(self._device)
+                best.scatter_reduce_(0, owners, cosines.clamp(max=1), "amax")
+        return sorted(zip(digests, best.tolist(), strict=True), key=lambda pair: -pair[1])
+
+    def fullness(self) -> float:
+        """The largest share of a weight's d_in directions that is taken: tr(KᵀK (KᵀK + λI)⁻¹) / d_in, 0 to 1."""
+        return max(self._solution(name).degrees_of_freedom() / target.d_in for name, target in self.targets.items())
+
+
+def _checked_law(target: Target, law: RidgeLaw | None) -> RidgeLaw:
+    """Raises CheckpointUnreadable."""
+    if law is None or not MIN_RIDGE <= law.first < math.inf or not 0 <= law.growth < math.inf:
+        raise CheckpointUnreadable(
+            f"the checkpoint's ridge of {target.name} is {law}, but must be a number from {MIN_RIDGE:g} on and grow by "
+            "a power from 0 on; fetch or train the checkpoint again"
+        )
+    return law
+
+
+def _checked_factor(target: Target, L: Tensor | None) -> Tensor:
+    """Raises CheckpointUnreadable."""
+    if (
+        L is None
+        or L.shape != (target.d_in, target.d_in)
+        or not L.isfinite().all()
+        or L.triu(1).any()
+        or not (L.diagonal() > 0).all()
+    ):
+        raise CheckpointUnreadable(
+            f"the checkpoint's whitening of {target.name} is not a lower Cholesky factor of {target.d_in} rows; "
+            "fetch or train the checkpoint again"
+        )
+    return L.double().contiguous()

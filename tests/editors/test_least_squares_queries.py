@@ -1,0 +1,114 @@
+"""What the state tells before an edit is made: what it would change, whose keys it takes, and how much room is left."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from editors.factors import digest, quantise_keyed
+from tests.editors.keyed import (
+    METRICS,
+    MODELS,
+    TARGETS,
+    dense_change,
+    keys_and_changes,
+    new_state,
+    some_edit,
+    some_rows,
+    written,
+)
+from tests.editors.test_state import same_bits
+
+
+@pytest.mark.parametrize("seeds", [(), (1,), (4, 5, 6), (11, 10, 7)], ids=str)
+class TestIncrement:
+    @pytest.mark.parametrize("layout", MODELS)
+    @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
+    def test_is_the_difference_that_one_more_edit_makes(self, layout, seeds, scale):
+        targets, (whitening, ridges) = TARGETS[layout], METRICS[layout]
+        state, held = new_state(layout), [some_edit(targets, seed) for seed in seeds]
+        state.add(*held)
+        rows = some_rows(targets, 99, 3)
+        more = quantise_keyed(rows, scale)
+        for target in targets:
+            u, delta, offset = state.increment(rows)[target.name]
+            L, ridge = whitening[target.name], ridges[target.name]
+            expected = dense_change(target, [*held, more], L, ridge) - dense_change(target, held, L, ridge)
+            got = ((scale * delta + offset).T @ u).numpy()
+            assert np.abs(got - expected).max() < 2e-4 * np.abs(expected).max()  # of the rounding to 16 bits
+
+    def test_is_of_the_rows_own_precision_and_leaves_the_state_alone(self, seeds):
+        state = new_state("linear")
+        state.add(*(some_edit(TARGETS["linear"], seed) for seed in seeds))
+        before = state.digest(), written("linear", state)
+        rows = {name: (u.float(), v.float()) for name, (u, v) in some_rows(TARGETS["linear"], 99, 2).items()}
+        for name, parts in state.increment(rows).items():
+            assert [part.dtype for part in parts] == [torch.float32] * 3
+            assert [part.shape for part in parts] == [rows[name][0].shape, rows[name][1].shape, rows[name][1].shape]
+        assert (state.digest(), state.edits) == (before[0], len(seeds))
+        assert same_bits(written("linear", state), before[1])
+
+
+class TestOverlaps:
+    def test_are_the_largest_cosines_of_each_edit(self):
+        targets, state = TARGETS["linear"], new_state("linear")
+        edits = [some_edit(targets, seed) for seed in (1, 4, 5, 6, 10)]
+        state.add(*edits, edits[2])
+        rows = some_rows(targets, 99, 2)
+        expected = {}
+        for edit in edits:
+            cosines = []
+            for target in targets:
+                keys, _ = keys_and_changes(target, [edit])
+                for key, other in itertools.product(keys, rows[target.name][0].numpy()):
+                    cosines.append(abs(key @ other) / np.linalg.norm(key) / np.linalg.norm(other))
+            expected[digest(edit.to_bytes())] = max(cosines)
+        found = state.overlaps(rows)
+        assert dict(found) == pytest.approx(expected, abs=1e-12)
+        values = [value for _, value in found]
+        assert values == sorted(values, reverse=True)
+
+    def test_name_the_edit_that_has_this_very_key_first(self):
+        state, rows = new_state("conv1d"), some_rows(TARGETS["conv1d"], 3, 2)
+        state.add(*(some_edit(TARGETS["conv1d"], seed) for seed in (1, 5, 10)), quantise_keyed(rows, 2.0))
+        (first, overlap), (_, next_overlap), *_ = state.overlaps({name: (-u, v) for name, (u, v) in rows.items()})
+        assert first == digest(quantise_keyed(rows, 2.0).to_bytes())
+        assert 0.999 < overlap <= 1
+        assert next_overlap < 0.9
+
+    def test_are_none_where_there_are_no_keys(self):
+        state, rows = new_state("linear"), some_rows(TARGETS["linear"], 99, 2)
+        assert state.overlaps(rows) == []
+        state.add(some_edit(TARGETS["linear"], 0), some_edit(TARGETS["linear"], 4))
+        found = state.overlaps({name: (u[:0], v[:0]) for name, (u, v) in rows.items()})
+        assert [value for _, value in found] == [0.0, 0.0]
+        rowless = digest(some_edit(TARGETS["linear"], 0).to_bytes())
+        assert state.overlaps(rows)[-1] == (rowless, 0.0)
+
+
+class TestFullness:
+    @pytest.mark.parametrize("seeds", [(0,), (1,), (4, 5, 6), (11,), (11, 10, 7)], ids=str)
+    def test_is_the_share_of_directions_taken_in_the_fullest_weight(self, seeds):
+        targets, (_, ridges) = TARGETS["linear"], METRICS["linear"]
+        state, edits = new_state("linear"), [some_edit(targets, seed) for seed in seeds]
+        state.add(*edits)
+        shares = []
+        for target in targets:
+            keys, _ = keys_and_changes(target, edits)
+            gram = keys.T @ keys
+            shares.append(
+                np.trace(gram @ np.linalg.inv(gram + ridges[target.name].first * np.eye(len(gram)))) / len(gram)
+            )
+        assert state.fullness() == pytest.approx(max(shares), abs=1e-12)
+
+    def test_rises_from_nothing_and_never_above_one(self):
+        state, seen = new_state("conv1d"), [0.0]
+        assert state.fullness() == 0
+        for seed in (1, 4, 7, 10, 11, 11, 11):
+            state.add(some_edit(TARGETS["conv1d"], seed))
+            seen.append(state.fullness())
+        assert seen == sorted(set(seen))
+        assert 0.9 < seen[-1] < 1
