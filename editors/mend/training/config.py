@@ -61,6 +61,7 @@ class TrainingConfig:
     c_neighbour: float = _option(1.0, "Weight of the locality loss on neighbours.", least=0, fixes="free")
     c_unrelated: float = _option(2.0, "Weight of the locality loss on unrelated text.", least=0, fixes="free")
     unrelated: int = _option(2, "Unrelated texts of each edit.", least=1)
+    neighbours: int = _option(2, "Neighbours of each edit, at most.", least=0, most=2)
     self_share: float = _option(0.2, "How often an edit is scored on its own prompt instead.", least=0, most=1)
     learning_rate: float = _option(2e-4, "Peak learning rate of the networks.", least=0, fixes="free")
     step_learning_rate: float = _option(

@@ -22,6 +22,9 @@ EXTRA_POSITIONS = 1
 """Beside its last token, a locality text is scored at this many random positions,
 which costs little and keeps the rest of the text."""
 
+NEAR = 2
+"""Neighbours of each edit, at most: one of its own, and another subject in its place."""
+
 ATTEMPTS = 100
 """Draws for an item that fits before giving up on chance."""
 
@@ -148,13 +151,14 @@ class Corpus:
         *,
         self_share: float,
         unrelated: int,
+        near: int = NEAR,
         together: int = 1,
         judged: int | None = None,
     ) -> Batch:
         """The texts on which chosen edits are judged.
 
         self_share: how often an edit is scored on its own prompt instead of a paraphrase.
-        unrelated: unrelated texts for each edit, beside its neighbours.
+        unrelated, near: unrelated texts for each edit, and neighbours, of these at most.
         together: edits that are in force at once, whose prompts are no text to keep for any of them.
         judged: how many of each group are judged, the first ones; all of them, if not given.
         """
@@ -168,6 +172,8 @@ class Corpus:
                 batch.target_owner.append(owner)
                 neighbours = [self._neighbour(rng, item), self._relative(rng, item)]
                 neighbours = [text for text in neighbours if text and text.tokens.prompt not in asked]
+                if len(neighbours) > near:
+                    neighbours = rng.sample(neighbours, near)
                 for text in neighbours:
                     self._add(batch, owner, text, 1 / len(neighbours), near=True)
                 for _ in range(unrelated):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -27,6 +27,8 @@ from editors.views import Factored, UpperBlocks, edited
 
 LOSSES = ("edit", "neighbour", "unrelated", "loss")
 VALIDATION_BATCH = 32
+PASSES = 3
+"""In which the texts of a micro-batch are run, the short ones first."""
 UNRELATED = 2
 """Unrelated texts of each edit in a validation."""
 
@@ -81,7 +83,8 @@ class Objective:
         chosen = self.corpus.choose(random.Random(seed), (index + 1) * c.micro_batch, c.together)
         rng = random.Random(f"{seed}-{index}")
         own = chosen[index * c.micro_batch :]
-        return self.corpus.draw(rng, own, self_share=c.self_share, unrelated=c.unrelated, together=c.together), rng
+        judged_on = {"self_share": c.self_share, "unrelated": c.unrelated, "near": c.neighbours}
+        return self.corpus.draw(rng, own, together=c.together, **judged_on), rng
 
     def capture(self, batch: Batch) -> Capture:
         """The gradients of a batch's edits, each by itself."""
@@ -101,7 +104,7 @@ class Objective:
         # Locality
         where = tuple(torch.tensor(index, device=self._device) for index in locality_positions(rng, batch.locality))
         with torch.no_grad(), self._precision():
-            base = self._logits(batch.locality, where)
+            base = self._base_logits(batch.locality, where)
         changed = self._edited_logits(changes, batch, batch.locality, batch.locality_owner, where)
         divergence = _Divergence.apply(changed.float(), base.float())
         per_text = torch.zeros(len(batch.locality), device=self._device).index_add(0, where[0], divergence)
@@ -140,7 +143,7 @@ class Objective:
             count("efficacy", self._says_target(changes, batch, own))
             count("paraphrase", self._says_target(changes, batch, batch.targets))
             where = scored_positions([text.tokens for text in batch.locality], self._device)
-            base = self._logits(batch.locality, where).argmax(-1)
+            base = self._base_logits(batch.locality, where).argmax(-1)
             now = self._edited_logits(changes, batch, batch.locality, batch.locality_owner, where).argmax(-1)
             near = torch.tensor(batch.locality_near, device=self._device)[where[0]]
             count("neighbour", (base == now)[near])
@@ -163,15 +166,22 @@ class Objective:
     def _logits(self, texts: Sequence[Text], where: tuple[Tensor, Tensor]) -> Tensor:
         return self.upper.logits(self.corpus.hidden.batch(texts), [text.tokens for text in texts], where)
 
+    def _base_logits(self, texts: Sequence[Text], where: tuple[Tensor, Tensor]) -> Tensor:
+        return _by_length(texts, where, lambda part, at: self._logits([texts[index] for index in part], at))
+
     def _edited_logits(
         self, changes: Factored, batch: Batch, texts: Sequence[Text], owner: Sequence[int], where: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Logits of texts, each under the change of the group that its owner belongs to."""
-        if batch.together < len(batch.edits):
-            group = [edit // batch.together for edit in owner]
-            changes = {name: (u[group], delta[group]) for name, (u, delta) in changes.items()}
-        with self._precision(), edited(self.upper.module, self._targets, changes):
-            return self._logits(texts, where)
+        grouped = batch.together < len(batch.edits)
+
+        def run(part: Sequence[int], part_where: tuple[Tensor, Tensor]) -> Tensor:
+            group = [owner[index] // batch.together for index in part]
+            own = {name: (u[group], delta[group]) for name, (u, delta) in changes.items()} if grouped else changes
+            with self._precision(), edited(self.upper.module, self._targets, own):
+                return self._logits([texts[index] for index in part], part_where)
+
+        return _by_length(texts, where, run)
 
     def _says_target(self, changes: Factored, batch: Batch, texts: Sequence[Text]) -> Tensor:
         """Of texts that belong to the batch's target owners, one each."""
@@ -190,3 +200,24 @@ class Objective:
         if self.config.precision == "float32":
             return nullcontext()
         return torch.autocast(self._device.type, torch.bfloat16)
+
+
+def _by_length(
+    texts: Sequence[Text], where: tuple[Tensor, Tensor], run: Callable[[Sequence[int], tuple[Tensor, Tensor]], Tensor]
+) -> Tensor:
+    """What `run` gives for the wanted positions, texts of similar length together: padding costs as much as words.
+
+    run: given indexes of texts, and row among them and position of each prediction that is wanted.
+    """
+    rows, positions = where
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index].tokens.inputs))
+    size = math.ceil(len(order) / PASSES)
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    place = torch.empty(len(texts), dtype=torch.int64, device=rows.device)
+    found, wanted = [], []
+    for part in parts:
+        place[part] = torch.arange(len(part), device=rows.device)
+        own = torch.isin(rows, torch.tensor(part, device=rows.device)).nonzero()[:, 0]
+        found.append(run(part, (place[rows[own]], positions[own])))
+        wanted.append(own)
+    return torch.cat(found)[torch.cat(wanted).argsort()]

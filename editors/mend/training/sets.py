@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -39,7 +40,10 @@ class SetObjective(Objective):
     def draw(self, seed: str, index: int) -> tuple[Batch, random.Random]:
         rng = random.Random(f"{seed}-{index}")
         size = round(self._largest ** (rng.random() ** LEAN))
-        return self._draw(rng, size, self.config.micro_batch, self.config.self_share, self.config.unrelated), rng
+        c = self.config
+        return self._draw(
+            rng, size, c.micro_batch, self_share=c.self_share, unrelated=c.unrelated, near=c.neighbours
+        ), rng
 
     def capture(self, batch: Batch) -> Evidence:
         if self._evidence is None:
@@ -60,23 +64,18 @@ class SetObjective(Objective):
         rng = random.Random("validation")
         sizes = [size for size in VALIDATED if size <= self._largest] or [self._largest]
         for size in sizes:
-            yield self._draw(rng, size, self.config.validation_edits // len(sizes), 0.0, UNRELATED)
+            judged = self.config.validation_edits // len(sizes)
+            yield self._draw(rng, size, judged, self_share=0.0, unrelated=UNRELATED)
 
     @property
     def _largest(self) -> int:
         return min(self.config.together, len(self.corpus.prompts))
 
-    def _draw(self, rng: random.Random, size: int, judged: int, self_share: float, unrelated: int) -> Batch:
+    def _draw(self, rng: random.Random, size: int, judged: int, **judged_on: Any) -> Batch:
         """Sets of one size, of which about `judged` edits are judged."""
         groups = max(1, judged // size)
-        return self.corpus.draw(
-            rng,
-            self.corpus.choose(rng, groups * size, size),
-            self_share=self_share,
-            unrelated=unrelated,
-            together=size,
-            judged=max(1, judged // groups),
-        )
+        chosen = self.corpus.choose(rng, groups * size, size)
+        return self.corpus.draw(rng, chosen, together=size, judged=max(1, judged // groups), **judged_on)
 
     def _capture_all(self) -> None:
         """Of edits of equal length together, so that a batch has little padding."""
