@@ -15,7 +15,7 @@ from editors.mend.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.engine import EditRefused, EditRequest, Engine, Limits
 from service.engine.engine import Published
 from service.ledger import RedisLedger
-from tests.small import small_base, small_editor
+from tests.small import small_base, small_editor, small_keyed_editor
 
 COUNTRIES = ("France", "England", "Italy", "Germany", "Spain", "Norway", "Austria")
 ANSWERS = ("Rome", "Oslo", "German", "French", "Vienna")
@@ -78,6 +78,12 @@ def save_base(folder: Path, layout: str = "linear") -> BaseModel:
 def save_editor(folder: Path, base: BaseModel) -> Path:
     """Write an untrained editor for a small base model, under which most corrections take."""
     save_checkpoint(folder, small_editor(base), base, {})
+    return folder
+
+
+def save_keyed_editor(folder: Path, base: BaseModel) -> Path:
+    """Write an untrained keyed editor for a small base model."""
+    save_checkpoint(folder, small_keyed_editor(base), base, {})
     return folder
 
 

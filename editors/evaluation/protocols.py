@@ -107,7 +107,9 @@ class Bench:
 
     def _mark_all(self, report: Report, pristine: Reader, live: Reader, examples: Sequence[Example]) -> None:
         """Mark examples under weights that hold all of their edits."""
-        asked = list(zip(examples, draw_unrelated(examples, self.seed, self.others), strict=True))
+        edited = {id(example) for example in examples}
+        others = [other for other in self.others if id(other) not in edited]
+        asked = list(zip(examples, draw_unrelated(examples, self.seed, others), strict=True))
         for batch in self._batches(asked, report):
             exam = Exam(pristine, [example for example, _ in batch], [prompts for _, prompts in batch])
             report.before += exam.before
