@@ -3,7 +3,8 @@
     EditorsError
     ├── BaseModelError              the base model cannot be read
     │   ├── BaseModelNotFound
-    │   └── BaseModelUnreadable     truncated, damaged or not a model
+    │   ├── BaseModelUnreadable     truncated, damaged or not a model
+    │   └── DeviceUnusable          no such device here
     ├── CheckpointError             an editor checkpoint cannot be used
     │   ├── CheckpointNotFound
     │   ├── CheckpointUnreadable
@@ -54,6 +55,10 @@ class BaseModelNotFound(BaseModelError):
 
 class BaseModelUnreadable(BaseModelError):
     code = "base_model_unreadable"
+
+
+class DeviceUnusable(BaseModelError):
+    code = "device_unusable"
 
 
 class CheckpointError(EditorsError):

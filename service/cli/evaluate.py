@@ -41,7 +41,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Measure only the first N examples, or as many as a larger batch needs.")
     ] = None,
-    last: Annotated[int | None, typer.Option(help="Measure only the last N examples (those of --holdout).")] = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="Measure only the last N examples (those of --holdout).")
+    ] = None,
     single: Annotated[bool, typer.Option(help="Measure single edits.")] = True,
     batched: Annotated[list[int], typer.Option(help="Also N edits in one change; repeatable.")] = [],  # noqa: B006
     accumulated: Annotated[list[int], typer.Option(help="Also N edits one after another; repeatable.")] = [],  # noqa: B006

@@ -27,7 +27,7 @@ from editors.mend.training.objective import Validation
 from editors.mend.training.passages import PassageSet
 from editors.mend.training.processes import ALONE, Processes
 from editors.mend.training.samples import own_samples
-from editors.mend.training.trainer import Trainer
+from editors.mend.training.trainer import STATE, Trainer
 from editors.targets import resolve_keyed_targets, resolve_targets
 from editors.views import UpperBlocks
 
@@ -65,6 +65,10 @@ def train(
     """
     config.require_shares(processes.count)
     _require_writable(folder)
+    if (folder / STATE).exists() and not resume:
+        raise TrainingOptionsInvalid(
+            f"there is a run in {folder} already: go on with it by --resume, or name another folder", option="out"
+        )
     if tensorboard is not None:
         require_tensorboard()
     if base.device.type == "cpu" and base.dtype == torch.bfloat16:
