@@ -298,4 +298,4 @@ def _checked_factor(target: Target, L: Tensor | None) -> Tensor:
             f"the checkpoint's whitening of {target.name} is not a lower Cholesky factor of {target.d_in} rows; "
             "fetch or train the checkpoint again"
         )
-    return L.double().contiguous()
+    return L.detach().double().contiguous()

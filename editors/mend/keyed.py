@@ -3,7 +3,7 @@
     key     κ = L⁻¹u / ‖L⁻¹u‖   u: what the weight reads at the last token of the subject; L Lᵀ: the covariance of
                                  what it reads in general, so that keys of other texts are as good as orthogonal
     change  v = network(u, gradient at the key, gradient at the answer)
-    state   ΔWᵀ = L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV over all active edits, λ growing with their number (see `least_squares`)
+    state   ΔWᵀ = L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV over all active edits (see `least_squares`)
 
 Summed changes of single edits destroy each other within a dozen; these are trained, through the solve, on sets of up
 to a thousand. Sources: MEND (arXiv:2110.11309) for gradients in and weight changes out, MALMEN (Tan et al., ICLR 2024)
@@ -31,8 +31,8 @@ ANSWERS = 2
 """Gradients at the answer that a network reads: of its first token, and of all."""
 FIRST_SHARE = 0.04
 """Of the size of what a weight usually writes: how far each gradient moves it before training."""
-FIRST_RIDGE = (0.08, 0.3)
-"""λ of one edit, and the power of the number of edits with which it grows, before training; see `RidgeLaw`."""
+FIRST_RIDGE = 0.15
+"""λ before training."""
 BOUND = 8.0
 """Standard deviations to which inputs are clipped: some features are nearly always 0."""
 
@@ -128,8 +128,9 @@ class KeyedEditor(nn.Module):
         self.targets, self.witness, self.rank = tuple(targets), witness, rank
         self.networks = nn.ModuleList(ValueNetwork(t.d_in, t.d_out, witness.d_out, rank) for t in self.targets)
         self.gate = Gate(self.targets[0].d_in, max(1, rank // 8))
-        first, growth = FIRST_RIDGE
-        self.ridge = nn.Parameter(torch.tensor([[math.log(first), growth]] * len(self.targets)))
+        self.log_ridge = nn.Parameter(torch.full((len(self.targets),), FIRST_RIDGE).log())
+        # Not trained: while edits do not yet hold, it only learns to give the many up. Chosen on validation afterwards.
+        self.register_buffer("growth", torch.zeros(()))
         for index, target in enumerate(self.targets):
             self.register_buffer(f"whitening_{index}", torch.eye(target.d_in))
 
@@ -141,7 +142,7 @@ class KeyedEditor(nn.Module):
     @property
     def scalars(self) -> list[nn.Parameter]:
         """Parameters that are trained at a rate of their own."""
-        return [self.ridge]
+        return [self.log_ridge]
 
     def whitening(self, index: int) -> Tensor:
         """L of one target, (d_in, d_in) lower triangular."""
@@ -151,8 +152,8 @@ class KeyedEditor(nn.Module):
         """The state that this editor's edits are joined in; with no edit yet."""
         named = {target.name: self.whitening(index).double() for index, target in enumerate(self.targets)}
         ridges = {
-            target.name: RidgeLaw(math.exp(log_first), max(0.0, growth))
-            for target, (log_first, growth) in zip(self.targets, self.ridge.tolist(), strict=True)
+            target.name: RidgeLaw(math.exp(log_first), self.growth.item())
+            for target, log_first in zip(self.targets, self.log_ridge.tolist(), strict=True)
         }
         return LeastSquaresState(self.targets, named, ridges, device)
 
@@ -204,8 +205,7 @@ class KeyedEditor(nn.Module):
         for index, target in enumerate(targets):
             keys = proposal.u[index].unflatten(0, (-1, size))  # (groups, size, d_in)
             changes = proposal.delta[index].unflatten(0, (-1, size))
-            log_first, growth = self.ridge[index]
-            ridge = (log_first + growth.clamp(min=0) * math.log(size)).exp() * torch.eye(size, device=keys.device)
+            ridge = (self.log_ridge[index].exp() * size**self.growth) * torch.eye(size, device=keys.device)
             solved = torch.linalg.solve(keys @ keys.mT + ridge, changes)
             unwhitened = torch.linalg.solve_triangular(self.whitening(index).T, keys.flatten(0, 1).T, upper=True).T
             factored[target.name] = (unwhitened.view_as(keys), solved)

@@ -1,7 +1,7 @@
 """Training on sets of edits that are in force together: one of a few up to as many as a service holds.
 
-How many is drawn anew for every micro-batch, log-uniformly but for a lean towards the larger ones, which are the hard
-ones. What an edit is made from does not depend on the others, so it is captured once.
+How many is drawn anew for every micro-batch, log-uniformly. What an edit is made from does not depend on the others, so
+it is captured once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from editors.mend.training.objective import UNRELATED, Objective
 from editors.text import Tokens
 from editors.views import UpperBlocks
 
-LEAN = 0.6
-"""Sizes are the largest one to the power of a uniform number to this power; 1 would be log-uniform."""
 CAPTURED_TOGETHER = 32
 VALIDATED = (1, 10, 100, 1000)
 """Sizes of sets in a validation."""
@@ -39,7 +37,7 @@ class SetObjective(Objective):
 
     def draw(self, seed: str, index: int) -> tuple[Batch, random.Random]:
         rng = random.Random(f"{seed}-{index}")
-        size = round(self._largest ** (rng.random() ** LEAN))
+        size = round(self._largest ** rng.random())
         c = self.config
         return self._draw(
             rng, size, c.micro_batch, self_share=c.self_share, unrelated=c.unrelated, near=c.neighbours
