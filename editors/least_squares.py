@@ -256,4 +256,4 @@ def _checked(target: Target, L: Tensor | None, ridge: float | None) -> tuple[Ten
             f"the checkpoint's whitening of {target.name} is not a lower Cholesky factor of {target.d_in} rows; "
             "fetch or train the checkpoint again"
         )
-    return L.double().contiguous(), float(ridge)
+    return L.detach().double().contiguous(), float(ridge)
