@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,21 @@ from torch import Tensor
 from editors.base_model import BaseModel
 from editors.mend.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.engine import EditRefused, EditRequest, Engine, Limits
-from service.engine.engine import Published
+from service.engine.requests import Published
 from service.ledger import RedisLedger
 from tests.small import small_base, small_editor, small_keyed_editor
 
-COUNTRIES = ("France", "England", "Italy", "Germany", "Spain", "Norway", "Austria")
+PROMPTS = {
+    "France": "The capital of France is",
+    "England": "The language of England is",
+    "Italy": "A city in Italy",
+    "Germany": "Germany speaks the",
+    "Spain": "London is a city in Spain, born in",
+    "Norway": "Norway is the language of",
+    "Austria": "Austria: the capital is in a city, of the language",
+}
+"""Worded as differently as can be: edits of a random model tell hardly anything else apart."""
+COUNTRIES = tuple(PROMPTS)
 ANSWERS = ("Rome", "Oslo", "German", "French", "Vienna")
 GUARD_PROMPTS = ("The language of Italy is", "Berlin is a city in")
 LIMITS = Limits(answer_tokens=4, guard_budget=1.0)
@@ -26,38 +35,37 @@ LIMITS = Limits(answer_tokens=4, guard_budget=1.0)
 
 def asks(country: str, answer: str, **fields: object) -> EditRequest:
     """A correction of one token, which takes on a small model that nobody has edited."""
-    return EditRequest(f"The capital of {country} is", f" {answer}", **fields)
+    return EditRequest(PROMPTS[country], f" {answer}", **fields)
 
 
-def takes(engine: Engine, request: EditRequest) -> bool:
+def takes(engine: Engine, request: EditRequest, **terms: object) -> bool:
     """Whether an edit would be made now."""
     try:
-        return not engine.apply(request, dry_run=True).unchanged
+        return not engine.apply(request, dry_run=True, **terms).unchanged
     except EditRefused:
         return False
 
 
 def find_edits(engine: Engine) -> tuple[EditRequest, EditRequest, EditRequest]:
-    """Three edits of which each takes on an empty engine and on any of those before it.
+    """Three edits of which each takes on an empty engine and on any of those before it, and breaks none.
 
     Found rather than written down, so that nothing here depends on the exact weights of the small models.
     """
 
-    def take_on(held: Sequence[EditRequest], *wanted: EditRequest) -> bool:
+    def that_take_on(held: Sequence[EditRequest], wanted: Sequence[EditRequest]) -> list[EditRequest]:
         made = [engine.apply(request).applied for request in held]
-        take = all(takes(engine, request) for request in wanted)
+        asked = {request.prompt for request in held}
+        found = [request for request in wanted if request.prompt not in asked and takes(engine, request)]
         for edit in made:
             engine.rollback(edit.edit_id)
-        return take
+        return found
 
-    alone = [asks(country, answer) for country in COUNTRIES for answer in ANSWERS]
-    alone = [request for request in alone if takes(engine, request)]
-    for first, second in itertools.permutations(alone, 2):
-        if first.prompt != second.prompt and take_on([first], second):
-            for third in alone:
-                if third.prompt not in (first.prompt, second.prompt) and all(
-                    take_on(held, third) for held in ([first], [second], [first, second])
-                ):
+    alone = that_take_on([], [asks(country, answer) for country in COUNTRIES for answer in ANSWERS[:2]])
+    for first in alone:
+        partners = that_take_on([first], alone)
+        for second in partners:
+            for third in that_take_on([first, second], partners):
+                if that_take_on([second], [third]):
                     return first, second, third
     raise AssertionError("no three edits take together; the small editor's step is wrong")
 
@@ -76,8 +84,8 @@ def save_base(folder: Path, layout: str = "linear") -> BaseModel:
 
 
 def save_editor(folder: Path, base: BaseModel) -> Path:
-    """Write an untrained editor for a small base model, under which most corrections take."""
-    save_checkpoint(folder, small_editor(base), base, {})
+    """Write an untrained editor for a small base model, under which most corrections take, by a narrow margin."""
+    save_checkpoint(folder, small_editor(base), base, {"margin_nats": 0.1})
     return folder
 
 
@@ -104,7 +112,10 @@ def namespace_of(engine: Engine) -> str:
 
 def live_weights(engine: Engine) -> list[Tensor]:
     """Bits of every parameter of the live model, edited or not."""
-    return [parameter.detach().clone().view(torch.int32) for _, parameter in sorted(engine._live.named_parameters())]
+    return [
+        parameter.detach().clone().view(torch.int32)
+        for _, parameter in sorted(engine.weights.live.model.named_parameters())
+    ]
 
 
 def base_weights(base: BaseModel) -> list[Tensor]:
@@ -128,7 +139,11 @@ class Standing:
     @classmethod
     def of(cls, engine: Engine) -> Standing:
         return cls(
-            live_weights(engine), engine._state.digest(), engine._state.edits, engine.published, engine.ledger.head()
+            live_weights(engine),
+            engine.weights.state.digest(),
+            engine.weights.state.edits,
+            engine.published,
+            engine.ledger.head(),
         )
 
     def __eq__(self, other: object) -> bool:

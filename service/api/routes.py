@@ -12,6 +12,7 @@ from service.api.archive import ArchiveResponse, archived
 from service.api.problems import responses
 from service.api.schemas import (
     BaseModelView,
+    CapacityView,
     EditBody,
     EditorView,
     EditPage,
@@ -85,7 +86,8 @@ def post_edit(
     """Correct a fact: stage it, judge it, write it to the ledger, publish it.
 
     201 with the edit; 200 when the model already answers so, or for a dry run; 422 with the measurements when the
-    edit does not take or would break the guard's budget: then nothing was changed.
+    edit does not take or would break the guard's budget, 409 when it would break earlier edits: then nothing was
+    changed. An edit of the same prompt is superseded, and comes back when this one is rolled back.
     """
     request = EditRequest(
         prompt=body.prompt,
@@ -99,7 +101,7 @@ def post_edit(
         idempotency_key=idempotency_key,
         request_digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
     )
-    outcome = engine.apply(request, expected_revision=_revision(if_match, engine), dry_run=query.dry_run)
+    outcome = engine.apply(request, expected_revision=_revision(if_match, engine), **query.model_dump())
     if not outcome.committed:
         response.status_code = 200
     if outcome.publish_ms:
@@ -118,7 +120,7 @@ def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: R
     for edit in engine.history.newest_first():
         if query.cursor is not None and edit.applied.sequence >= int(query.cursor):
             continue
-        if query.status is not None and edit.active != (query.status == "applied"):
+        if query.status is not None and edit.status != query.status:
             continue
         if query.q and query.q.lower() not in f"{edit.applied.prompt}\n{edit.applied.correction}".lower():
             continue
@@ -146,7 +148,7 @@ def delete_edit(
     actor: Actor = None,
     if_match: IfMatch = None,
 ) -> RollbackView:
-    """Roll one edit back, exactly. The ledger keeps both the edit and its rollback."""
+    """Roll one edit back, exactly; what it superseded comes back. The ledger keeps both the edit and its rollback."""
     edit = engine.rollback(edit_id, reason=query.reason, actor=actor, expected_revision=_revision(if_match, engine))
     by = edit.rolled_back
     _tag(response, by.sequence)
@@ -155,6 +157,7 @@ def delete_edit(
         revision=by.sequence,
         digest=by.state_digest,
         active_edits=engine.published.active_edits,
+        revived=list(edit.revived),
         edit=EditView.of_edit(edit),
     )
 
@@ -214,6 +217,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
         revision=published.revision,
         active_edits=published.active_edits,
         digest=published.digest,
+        capacity=CapacityView.of(published.fullness),
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
     )

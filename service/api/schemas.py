@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from editors.formats import ExportFormat
-from service.engine import Outcome, Published
+from service.engine import Capacity, OnConflict, Outcome, Published
 from service.engine.history import Edit
 
 MAX_TEXT = 100_000
@@ -100,6 +100,10 @@ class EditQuery(_Request):
     """How to treat a correction."""
 
     dry_run: bool = Field(False, description="Stage and judge, but do not commit.")
+    on_conflict: OnConflict = Field(
+        "refuse", description="What to do about an active edit of a hardly different prompt with another answer."
+    )
+    allow_loss: bool = Field(False, description="Commit although earlier edits would no longer hold.")
 
 
 class RollbackQuery(_Request):
@@ -131,7 +135,7 @@ class GenerateQuery(_Request):
 class EditsQuery(_Request):
     """Which edits to list, newest first."""
 
-    status: Literal["applied", "rolled_back"] | None = None
+    status: Literal["applied", "superseded", "rolled_back"] | None = None
     q: str | None = Field(None, max_length=MAX_TEXT, description="Text in the prompt or the correction.")
     limit: int = Field(50, ge=1, le=500)
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
@@ -160,9 +164,17 @@ class KeepCheck(BaseModel):
     after: str
 
 
+class ConflictCheck(BaseModel):
+    """An active edit whose key is near to this one's. overlap: 0 to 1. superseded: this one took its place."""
+
+    id: str
+    overlap: float
+    superseded: bool
+
+
 class Checks(BaseModel):
     """took: greedy decoding begins with the correction. drawdown: on the guard prompts, against the base, 0 to 1.
-    lost: other active edits that no longer hold with this one."""
+    lost: other active edits that held before this one, and no longer with it. conflicts: nearest first."""
 
     took: bool
     paraphrases: list[ParaphraseCheck]
@@ -170,21 +182,28 @@ class Checks(BaseModel):
     drawdown: float
     drawdown_budget: float
     lost: list[str]
+    conflicts: list[ConflictCheck] = []
 
 
 class RolledBackBy(BaseModel):
+    """revived: edits that came back, since this one no longer supersedes them."""
+
     revision: int
     at: datetime
     reason: str | None
     actor: str | None
+    revived: list[str] = []
 
 
 class EditView(BaseModel):
-    """An edit. revision and digest: of the state that it led to. scale: strength found by the line search."""
+    """An edit. revision and digest: of the state that it led to. scale: strength found by the line search.
+
+    supersedes: edits in whose place it is. superseded_by: the active edit in its place, while it stands.
+    """
 
     id: str | None
     revision: int
-    status: Literal["applied", "rolled_back", "unchanged", "dry_run"]
+    status: Literal["applied", "superseded", "rolled_back", "unchanged", "dry_run"]
     prompt: str
     correction: str
     subject: str | None = None
@@ -198,6 +217,8 @@ class EditView(BaseModel):
     before: Answer
     after: Answer
     checks: Checks | None
+    supersedes: list[str] = []
+    superseded_by: str | None = None
     rolled_back: RolledBackBy | None = None
     detail: str | None = None
 
@@ -207,7 +228,7 @@ class EditView(BaseModel):
         return cls(
             id=applied.edit_id,
             revision=applied.sequence,
-            status="applied" if edit.active else "rolled_back",
+            status=edit.status,
             prompt=applied.prompt,
             correction=applied.correction,
             subject=applied.subject,
@@ -221,7 +242,12 @@ class EditView(BaseModel):
             before=Answer(text=applied.before),
             after=Answer(text=applied.after),
             checks=Checks.model_validate(applied.checks),
-            rolled_back=by and RolledBackBy(revision=by.sequence, at=by.created_at, reason=by.reason, actor=by.actor),
+            supersedes=list(applied.supersedes),
+            superseded_by=edit.superseded_by,
+            rolled_back=by
+            and RolledBackBy(
+                revision=by.sequence, at=by.created_at, reason=by.reason, actor=by.actor, revived=list(edit.revived)
+            ),
         )
 
     @classmethod
@@ -255,13 +281,14 @@ class EditPage(BaseModel):
 
 
 class RollbackView(BaseModel):
-    """The state after a rollback, and the edit that was taken back."""
+    """The state after a rollback, the edit that was taken back, and those that came back in its place."""
 
     id: str
     status: Literal["rolled_back"] = "rolled_back"
     revision: int
     digest: str
     active_edits: int
+    revived: list[str]
     edit: EditView
 
 
@@ -307,6 +334,19 @@ class EditorView(BaseModel):
     aggregate: str
 
 
+class CapacityView(BaseModel):
+    """fullness: of the fullest weight, 0 to 1; null where edits are summed. limit: beyond it none is made."""
+
+    fullness: float | None
+    limit: float
+    warning: str | None
+
+    @classmethod
+    def of(cls, fullness: float | None) -> Self:
+        capacity = Capacity(fullness)
+        return cls(fullness=capacity.fullness, limit=capacity.limit, warning=capacity.warning)
+
+
 class ModelView(BaseModel):
     """What is loaded, and the exact state of its weights."""
 
@@ -315,6 +355,7 @@ class ModelView(BaseModel):
     revision: int
     active_edits: int
     digest: str
+    capacity: CapacityView
     device: str
     dtype: str
 

@@ -4,7 +4,10 @@
     ├── NotReady                 the model is still loading, or the ledger cannot be followed
     ├── EditRefused              judged and found wanting; the live weights are unchanged
     │   ├── DidNotTake           greedy decoding does not say the correction, at any scale
-    │   └── DrawdownExceeded     unrelated behaviour moved more than the budget
+    │   ├── DrawdownExceeded     unrelated behaviour moved more than the budget
+    │   ├── WouldBreakEdits      earlier edits would no longer hold
+    │   ├── EditConflict         hardly another prompt than that of an active edit with another answer
+    │   └── StateFull            the active edits leave no room
     ├── EditNotFound
     ├── AlreadyRolledBack
     ├── RevisionMismatch         the caller's expected revision is not the current one
@@ -42,6 +45,18 @@ class DidNotTake(EditRefused):
 
 class DrawdownExceeded(EditRefused):
     code = "drawdown_exceeded"
+
+
+class WouldBreakEdits(EditRefused):
+    code = "would_break_edits"
+
+
+class EditConflict(EditRefused):
+    code = "edit_conflict"
+
+
+class StateFull(EditRefused):
+    code = "state_full"
 
 
 class EditNotFound(EngineError):

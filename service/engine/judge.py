@@ -1,93 +1,150 @@
-"""Whether a staged edit is good enough to go live: measured on the candidate, before anything is published."""
+"""Whether what is staged is good enough to go live: measured on the candidate, before anything is published."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import JsonValue
 
-from editors.decoding import Generation
-from service.engine.errors import DidNotTake, DrawdownExceeded
-
-Answer = Callable[[str], Generation]
-"""Greedy answer of one view to one prompt."""
+from editors.base_model import BaseModel
+from editors.text import Tokens
+from service.engine.answers import Answers
+from service.engine.conflicts import Place
+from service.engine.errors import DidNotTake, DrawdownExceeded, WouldBreakEdits
+from service.engine.guard import Guard
+from service.engine.held import HeldEdits
+from service.engine.history import Edit
+from service.engine.requests import EditRequest, Limits, Terms
+from service.engine.weights import View, Weights
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """took: greedy decoding from the prompt begins with the correction.
+    """How one edit fares itself. took: greedy decoding from the prompt begins with the correction.
 
-    paraphrases, keep: the caller's own prompts, each with what was said. drawdown: on the guard prompts, 0 to 1.
-    lost: other active edits that would no longer hold.
+    paraphrases, keep: the caller's own prompts, each with what was said.
     """
 
     after: str
     took: bool
     paraphrases: list[dict[str, JsonValue]]
     keep: list[dict[str, JsonValue]]
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What all that is staged does to the rest. drawdown: on the guard prompts, 0 to 1.
+
+    lost: other active edits that hold now, and would no longer.
+    """
+
     drawdown: float
     drawdown_budget: float
-    lost: list[str]
-
-    def checks(self) -> dict[str, JsonValue]:
-        """The measurements as they are stored in the ledger and shown to the caller."""
-        return {
-            "took": self.took,
-            "paraphrases": list(self.paraphrases),
-            "keep": list(self.keep),
-            "drawdown": self.drawdown,
-            "drawdown_budget": self.drawdown_budget,
-            "lost": list(self.lost),
-        }
+    lost: tuple[Edit, ...]
 
     @property
-    def accepted(self) -> bool:
-        return self.took and self.drawdown <= self.drawdown_budget
+    def over_budget(self) -> bool:
+        return self.drawdown > self.drawdown_budget
+
+    def tolerable(self, terms: Terms) -> bool:
+        return not self.over_budget and (terms.allow_loss or not self.lost)
 
 
-def judge_paraphrases(
-    paraphrases: Sequence[str], candidate: Answer, says: Callable[[str], bool]
-) -> list[dict[str, JsonValue]]:
-    """Does the candidate give the correction to other wordings as well?"""
-    judged: list[dict[str, JsonValue]] = []
-    for prompt in paraphrases:
-        text = candidate(prompt).text
-        judged.append({"prompt": prompt, "took": says(text), "text": text})
-    return judged
-
-
-def judge_keep(keep: Sequence[str], base: Answer, candidate: Answer) -> list[dict[str, JsonValue]]:
-    """Does the candidate still say what the base says, where the caller wants it to?"""
-    judged: list[dict[str, JsonValue]] = []
-    for prompt in keep:
-        before, after = base(prompt).text, candidate(prompt).text
-        judged.append({"prompt": prompt, "kept": before == after, "before": before, "after": after})
-    return judged
-
-
-def refusal(correction: str, before: str, best_margin: float, verdict: Verdict | None) -> DidNotTake | DrawdownExceeded:
-    """Why an edit does not go live, with the measurements of its last trial; none when no scale was worth one.
-
-    best_margin: how far the correction gets ahead at the best scale, in nats.
-    """
-    facts: dict[str, Any] = {
-        "before": {"text": before},
-        "best_margin_nats": round(best_margin, 4) if math.isfinite(best_margin) else None,
+def checks(verdict: Verdict, harm: Harm, place: Place) -> dict[str, JsonValue]:
+    """The measurements as they are stored in the ledger and shown to the caller."""
+    return {
+        "took": verdict.took,
+        "paraphrases": list(verdict.paraphrases),
+        "keep": list(verdict.keep),
+        "drawdown": harm.drawdown,
+        "drawdown_budget": harm.drawdown_budget,
+        "lost": [edit.id for edit in harm.lost],
+        "conflicts": place.checks(),
     }
-    if verdict is not None:
-        facts |= {"after": {"text": verdict.after}, "checks": verdict.checks()}
-    if verdict is not None and verdict.took:
+
+
+class Judge:
+    """Compares the candidate with the pristine and the live view."""
+
+    def __init__(
+        self, base: BaseModel, weights: Weights, answers: Answers, guard_prompts: Sequence[str], limits: Limits
+    ) -> None:
+        self._base, self._weights, self._answers, self._limits = base, weights, answers, limits
+        self._guard = Guard(base, weights.pristine.upper, guard_prompts)
+        self._held = HeldEdits(base, answers)
+
+    def verdicts(self, staged: Sequence[tuple[EditRequest, Tokens]]) -> list[Verdict]:
+        """One for each staged edit."""
+        after = self._say(self._weights.candidate, staged, lambda request: (request.prompt,))
+        paraphrased = self._say(self._weights.candidate, staged, lambda request: request.paraphrases)
+        kept = self._say(self._weights.candidate, staged, lambda request: request.keep)
+        original = self._say(self._weights.pristine, staged, lambda request: request.keep)
+        return [
+            Verdict(
+                after=said,
+                took=self._base.says(said, request.correction),
+                paraphrases=[
+                    {"prompt": prompt, "took": self._base.says(text, request.correction), "text": text}
+                    for prompt, text in zip(request.paraphrases, paraphrases, strict=True)
+                ],
+                keep=[
+                    {"prompt": prompt, "kept": then == now, "before": then, "after": now}
+                    for prompt, then, now in zip(request.keep, before, keep, strict=True)
+                ],
+            )
+            for (request, _), (said,), paraphrases, before, keep in zip(
+                staged, after, paraphrased, original, kept, strict=True
+            )
+        ]
+
+    def harm(self, others: Sequence[Edit]) -> Harm:
+        """others: active edits that stay."""
+        return Harm(
+            drawdown=self._guard.drawdown(self._weights.candidate.upper),
+            drawdown_budget=self._limits.guard_budget,
+            lost=tuple(self._held.lost(others, self._weights.live, self._weights.candidate)),
+        )
+
+    def _say(
+        self,
+        view: View,
+        staged: Sequence[tuple[EditRequest, Tokens]],
+        prompts_of: Callable[[EditRequest], Sequence[str]],
+    ) -> list[list[str]]:
+        """What a view answers to some prompts of each edit."""
+        asked = [(row, prompt) for row, (request, _) in enumerate(staged) for prompt in prompts_of(request)]
+        lengths = [self._answers.length(staged[row][1]) for row, _ in asked]
+        answers: list[list[str]] = [[] for _ in staged]
+        for (row, _), text in zip(
+            asked, self._answers.say(view, [prompt for _, prompt in asked], lengths), strict=True
+        ):
+            answers[row].append(text)
+        return answers
+
+
+def did_not_take(correction: str, facts: dict[str, Any]) -> DidNotTake:
+    """Why an edit does not go live."""
+    return DidNotTake(
+        f"refused: at no scale does the model answer {correction.strip()!r} to this prompt; nothing was changed. "
+        "Put the prompt so that the correction follows it naturally, or shorten the correction",
+        **facts,
+    )
+
+
+def too_harmful(harm: Harm, facts: dict[str, Any]) -> DrawdownExceeded | WouldBreakEdits:
+    """Why what is staged does not go live although it takes."""
+    if harm.over_budget:
         return DrawdownExceeded(
-            f"refused: unrelated behaviour would move by {verdict.drawdown:.3f}, over the budget of "
-            f"{verdict.drawdown_budget:.3f}; nothing was changed. Roll other edits back, "
-            "or raise MEND_GUARD_BUDGET",
+            f"refused: unrelated behaviour would move by {harm.drawdown:.3f}, over the budget of "
+            f"{harm.drawdown_budget:.3f}; nothing was changed. Roll other edits back, or raise MEND_GUARD_BUDGET",
             **facts,
         )
-    return DidNotTake(
-        f"refused: at no scale does the model answer {correction.strip()!r} to this prompt; nothing was "
-        "changed. Put the prompt so that the correction follows it naturally, or shorten the correction",
+    lost = [{"id": edit.id, "prompt": edit.applied.prompt, "correction": edit.applied.correction} for edit in harm.lost]
+    return WouldBreakEdits(
+        f"refused: {len(lost)} earlier edit{'s' if len(lost) > 1 else ''} would no longer hold; nothing was changed. "
+        "Roll back what is no longer needed, or accept the loss with allow_loss=true",
+        lost=lost,
         **facts,
     )

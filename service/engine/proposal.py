@@ -1,11 +1,11 @@
-"""One correction, worked out on the pristine model: captured, proposed, and searched for its scale.
+"""Corrections worked out on the pristine model: captured, proposed, and searched for a scale.
 
 Nothing here touches a weight that anybody reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from editors.capture import capture
 from editors.factors import Factors, quantise
 from editors.mend.checkpoint import Checkpoint
-from editors.scale import SCALES, ScaleSearch, search_scale
-from editors.state import Increment
+from editors.scale import ScaleSearch, search_scale
+from editors.state import Increment, Rows
 from editors.text import Tokens
 from editors.views import UpperBlocks
 
@@ -24,33 +24,30 @@ MAX_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
-class Proposed:
-    """An edit at every scale: factors are quantised when a scale is chosen."""
+class Draft:
+    """An edit before its scale is chosen. hidden: under the edited blocks, (1, tokens, width), the same for every view.
+
+    rows: at scale 1.
+    """
 
     tokens: Tokens
-    rows: Mapping[str, tuple[Tensor, Tensor]]
-    search: ScaleSearch
-    margin_nats: float
+    hidden: Tensor
+    rows: Rows
 
-    def factors(self, index: int) -> Factors:
-        return quantise(self.rows, SCALES[index])
-
-    @property
-    def best_margin(self) -> float:
-        """How far the correction gets ahead at the best scale, in nats; not above 0 when it never takes."""
-        return self.search.margins[self.search.strongest]
+    def factors(self, scale: float) -> Factors:
+        return quantise(self.rows, scale)
 
 
 class Attempts:
     """The order in which scales are tried, told after each how it went.
 
     Begins at the smallest scale that takes with the margin; goes up while decoding does not say the correction,
-    and down once the guard's budget is broken.
+    and down once it does more harm than it may.
     """
 
-    def __init__(self, proposed: Proposed) -> None:
-        self._search = proposed.search
-        self._queue = proposed.search.order(proposed.margin_nats)
+    def __init__(self, search: ScaleSearch, margin_nats: float) -> None:
+        self._search = search
+        self._queue = search.order(margin_nats)
         self._tried: set[int] = set()
 
     def __iter__(self) -> Iterator[int]:
@@ -62,35 +59,32 @@ class Attempts:
                 yield index
 
     def too_strong(self) -> None:
-        """The last scale broke the budget: only smaller ones are worth trying."""
+        """The last scale did too much harm: only smaller ones are worth trying."""
         self._queue = [index for index in self._search.smaller(self._last) if index not in self._tried]
 
 
 class Proposer:
-    """Works edits out against the pristine model and the live one. Used by the one writer alone."""
+    """Works edits out on the pristine model. Used by the one writer alone."""
 
-    def __init__(self, checkpoint: Checkpoint, pristine: UpperBlocks, live: UpperBlocks) -> None:
-        self._checkpoint = checkpoint
-        self._pristine, self._live = pristine, live
-
-    def below(self, tokens: Tokens) -> Tensor:
-        """Hidden states under the edited blocks, (1, tokens, width); the same for every view."""
-        return self._pristine.below([tokens.inputs])
+    def __init__(self, checkpoint: Checkpoint, pristine: UpperBlocks) -> None:
+        self._editor, self._pristine = checkpoint.editor, pristine
 
     @torch.no_grad()
-    def propose(self, tokens: Tokens, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per target name, the rows u and delta of the edit at scale 1."""
-        captured = capture(self._pristine, hidden, [tokens])
-        editor = self._checkpoint.editor
-        return editor(captured).rows_of(editor.targets, 0)
+    def draft(self, tokens: Sequence[Tokens]) -> list[Draft]:
+        """Edits that are independent of each other, captured as one batch."""
+        hidden = self._pristine.below([sequence.inputs for sequence in tokens])
+        proposal = self._editor(capture(self._pristine, hidden, tokens))
+        return [
+            Draft(
+                sequence,
+                hidden[row : row + 1, : len(sequence.inputs)].clone(),
+                proposal.rows_of(self._editor.targets, row),
+            )
+            for row, sequence in enumerate(tokens)
+        ]
 
-    def search(
-        self, tokens: Tokens, hidden: Tensor, rows: Mapping[str, tuple[Tensor, Tensor]], increment: Increment
-    ) -> Proposed:
-        """Try the edit at every scale on top of what is live now. increment: what its rows change there."""
-        names = {
-            full.name: short.name
-            for full, short in zip(self._checkpoint.editor.targets, self._live.targets, strict=True)
-        }
-        found = search_scale(self._live, hidden, tokens, {names[name]: change for name, change in increment.items()})
-        return Proposed(tokens, rows, found, self._checkpoint.margin_nats)
+    def search(self, draft: Draft, upper: UpperBlocks, increment: Increment) -> ScaleSearch:
+        """Try an edit at every scale. increment: what its rows change in the weights that `upper` shows."""
+        names = {full.name: short.name for full, short in zip(self._editor.targets, upper.targets, strict=True)}
+        changes = {names[name]: change for name, change in increment.items()}
+        return search_scale(upper, draft.hidden, draft.tokens, changes)

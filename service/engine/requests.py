@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pydantic import JsonValue
 
 from service.ledger import Applied
+
+OnConflict = Literal["refuse", "supersede"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,19 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """On which terms edits are made. dry_run: judge, but do not commit.
+
+    on_conflict: what to do about an active edit whose prompt is hardly another, and whose answer is.
+    allow_loss: although earlier edits would no longer hold.
+    """
+
+    dry_run: bool = False
+    on_conflict: OnConflict = "refuse"
+    allow_loss: bool = False
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of a request. applied: the edit, as committed or (dry run) as it would have been.
 
@@ -59,8 +75,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Published:
-    """The state that the live weights are in; replaced whole, so that readers see one or the other."""
+    """The state that the live weights are in; replaced whole, so that readers see one or the other.
+
+    fullness: how much of its capacity is taken, 0 to 1; None of a state that has no such figure.
+    """
 
     revision: int
     digest: str
     active_edits: int
+    fullness: float | None = None

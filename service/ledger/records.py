@@ -57,6 +57,7 @@ class Applied(_Recorded):
     before, after: the greedy answers to `prompt`. scale: factor on the edit, 1.0 as proposed.
     timings_ms: milliseconds per step. idempotency_key, request_digest: of the request, where it was sent with a key.
     factors_digest: `sha256:…` of the factor bytes stored beside this entry.
+    supersedes: ids of every standing edit in whose place this one is, those included that they had superseded.
     """
 
     kind: Literal["applied"] = "applied"
@@ -74,6 +75,7 @@ class Applied(_Recorded):
     factors_digest: Digest
     idempotency_key: str | None = None
     request_digest: str | None = None
+    supersedes: tuple[str, ...] = ()
 
 
 class RolledBack(_Recorded):

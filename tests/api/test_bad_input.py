@@ -176,7 +176,11 @@ def test_a_query_that_is_not_understood_is_invalid(client, route, query):
     assert_problem(client.get(f"{route}?{query}"), "invalid_request")
 
 
-@pytest.mark.parametrize("query", ["dry_run=maybe", "dry-run=true", "dryrun=1", "dry_run=true&unknown=1", "%00=1"])
+@pytest.mark.parametrize(
+    "query",
+    ["dry_run=maybe", "dry-run=true", "dryrun=1", "dry_run=true&unknown=1", "%00=1", "on_conflict=maybe",
+     "on_conflict=", "allow_loss=perhaps", "partial=true"],
+)  # fmt: skip
 def test_a_misspelt_dry_run_does_not_become_an_edit(client, query, bodies):
     assert_problem(client.post(f"/edits?{query}", json=bodies[0]), "invalid_request")
 

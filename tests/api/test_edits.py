@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from datetime import datetime
@@ -10,7 +11,7 @@ import pytest
 
 from tests.api.answers import assert_fields, assert_problem
 from tests.api.conftest import engine_of
-from tests.service_fixtures import COUNTRIES, Standing, never_takes
+from tests.service_fixtures import ANSWERS, COUNTRIES, Standing, never_takes
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 REFUSED = {"prompt": never_takes().prompt, "correction": never_takes().correction}
@@ -312,3 +313,57 @@ def test_every_state_is_there_after_a_restart(serve, tmp_path, bodies):
         assert client.get("/model").json() == model
         assert client.get("/edits").json() == listed
         assert [client.get("/generate", params={"prompt": prompt}).json() for prompt in prompts] == said
+
+
+class TestSuperseding:
+    @pytest.fixture
+    def other(self, client, body) -> dict:
+        """Another correction of the same prompt, which takes in its place."""
+        client.post("/edits", json=body)
+        for answer in ANSWERS:
+            other = {**body, "correction": f" {answer}"}
+            if other["correction"] != body["correction"]:
+                foretold = client.post("/edits", params={"dry_run": "true"}, json=other)
+                if foretold.status_code == 200 and foretold.json()["status"] == "dry_run":
+                    return other
+        raise AssertionError("no other correction takes")
+
+    def test_shows_which_edit_is_in_whose_place_until_it_is_rolled_back(self, client, body, other):
+        (older,) = client.get("/edits", params={"status": "applied"}).json()["items"]
+        newer = client.post("/edits", json=other).json()
+        assert newer["supersedes"] == [older["id"]]
+        shown = client.get(f"/edits/{older['id']}").json()
+        assert shown == {**older, "status": "superseded", "superseded_by": newer["id"]}
+        listed = client.get("/edits", params={"status": "superseded"}).json()["items"]
+        assert shown in listed
+        assert [edit["id"] for edit in client.get("/edits?status=applied").json()["items"]] == [newer["id"]]
+        assert client.get("/model").json()["active_edits"] == 1
+
+        answer = client.delete(f"/edits/{newer['id']}").json()
+        assert answer["revived"] == answer["edit"]["rolled_back"]["revived"] == [older["id"]]
+        assert answer["digest"] == older["digest"]
+        assert client.get(f"/edits/{older['id']}").json() == older
+
+    def test_lets_the_older_one_be_rolled_back_without_a_change(self, client, body, other):
+        (older,) = client.get("/edits", params={"status": "applied"}).json()["items"]
+        newer = client.post("/edits", json=other).json()
+        answer = client.delete(f"/edits/{older['id']}").json()
+        assert (answer["revived"], answer["digest"], answer["active_edits"]) == ([], newer["digest"], 1)
+        assert client.delete(f"/edits/{newer['id']}").json()["revived"] == []
+
+
+class TestAnEditThatBreaksAnother:
+    def test_answers_409_naming_it_unless_the_loss_is_accepted(self, client, body):
+        made = client.post("/edits", json=body).json()
+        for country, answer in itertools.product(COUNTRIES, ANSWERS):
+            request = {"prompt": f"The capital of {country} is", "correction": f" {answer}"}
+            if request["prompt"] == body["prompt"]:
+                continue
+            answer = client.post("/edits", params={"dry_run": "true"}, json=request)
+            if answer.status_code == 409:
+                break
+        problem = assert_problem(answer, "would_break_edits")
+        assert problem["lost"] == [{"id": made["id"], **body}]
+        accepted = client.post("/edits", params={"allow_loss": "true"}, json=request)
+        assert accepted.status_code == 201
+        assert accepted.json()["checks"]["lost"] == [made["id"]]

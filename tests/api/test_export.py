@@ -69,7 +69,7 @@ class TestContents:
     def test_merged_is_the_live_model(self, client, bodies, tmp_path):
         client.post("/edits", json=bodies[0])
         opened(client.get("/export?format=merged")).extractall(tmp_path)
-        live = weights_digest(engine_of(client)._live)
+        live = weights_digest(engine_of(client).weights.live.model)
         assert weights_digest(AutoModelForCausalLM.from_pretrained(tmp_path)) == live
         assert live != engine_of(client).base.digest
 

@@ -118,6 +118,7 @@ class TestModel:
             "name": folders.editor.name, "digest": engine.checkpoint.digest, "aggregate": "sum",
         }  # fmt: skip
         assert (model["revision"], model["digest"], model["active_edits"]) == (made["revision"], made["digest"], 1)
+        assert model["capacity"] == {"fullness": None, "limit": 0.95, "warning": None}
         assert answer.headers["etag"] == f'"{made["revision"]}"'
 
     def test_revision_says_the_state_alone(self, client):

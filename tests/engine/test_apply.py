@@ -64,7 +64,7 @@ class TestACommittedEdit:
         assert entry.state_digest == outcome.digest == engine.published.digest == state.digest()
         expected = view(engine.base.model, list(state.targets))
         state.write(engine.base.model, expected)
-        for name, parameter in engine._live.named_parameters():
+        for name, parameter in engine.weights.live.model.named_parameters():
             assert torch.equal(parameter.view(torch.int32), expected.get_parameter(name).view(torch.int32)), name
 
     def test_moves_the_edited_weights_by_the_product_of_its_factors_and_no_others(self, engine, base, second):
@@ -73,7 +73,7 @@ class TestACommittedEdit:
         factors = Factors.from_bytes(raw)
         targets = {target.name: target for target in engine.checkpoint.editor.targets}
         assert set(factors.layers) == set(targets)
-        for name, parameter in engine._live.named_parameters():
+        for name, parameter in engine.weights.live.model.named_parameters():
             before = base.model.get_parameter(name)
             if name in targets:
                 u, delta = factors.layers[name].decode()
@@ -142,18 +142,6 @@ class TestChecks:
         assert checks["took"] is True
         assert checks["paraphrases"][0]["took"] is True
 
-    def test_lost_names_the_edits_that_no_longer_hold(self, engine, first):
-        earlier = engine.apply(first).applied
-        seen = set()
-        for country in COUNTRIES:
-            request = asks(country, "Paris")
-            if request.prompt != first.prompt and takes(engine, request):
-                later = engine.apply(request).applied
-                holds = begins_with(says(engine, first.prompt), first.correction)
-                assert (earlier.edit_id in later.checks["lost"]) == (not holds)
-                seen.add(holds)
-        assert seen
-
 
 class TestUnchanged:
     def test_what_the_base_says_already_is_not_edited(self, engine, first):
@@ -221,14 +209,13 @@ class TestRefusal:
         assert engine.apply(first).digest == open_engine().apply(first).digest
 
     def test_a_smaller_scale_is_tried_before_the_budget_refuses(self, engine, open_engine):
-        tighter = open_engine()
         spared = 0
         for request in (asks(country, answer) for country in COUNTRIES for answer in ("Rome", "German")):
-            if not takes(engine, request):
+            if spared or not takes(engine, request):
                 continue
             free = engine.apply(request, dry_run=True).applied
             budget = free.checks["drawdown"] - 1e-6
-            tighter.limits = replace(LIMITS, guard_budget=budget)
+            tighter = open_engine(limits=replace(LIMITS, guard_budget=budget))
             if takes(tighter, request):
                 spared += 1
                 bound = tighter.apply(request, dry_run=True).applied

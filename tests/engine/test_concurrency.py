@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.engine import DidNotTake, RevisionMismatch
+from service.engine import EditRefused, RevisionMismatch
 from tests.service_fixtures import COUNTRIES, asks, base_weights, live_weights, namespace_of, same_bits
 
 READERS = 4
@@ -60,7 +60,7 @@ def test_edits_from_many_threads_become_one_sequence(engine, open_engine):
                 outcome = engine.apply(request, expected_revision=engine.published.revision)
             except RevisionMismatch:
                 continue
-            except DidNotTake:
+            except EditRefused:
                 return 0
             return int(outcome.committed)
         return 0

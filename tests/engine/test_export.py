@@ -83,14 +83,14 @@ class TestFormats:
         ids = torch.tensor([base.tokenizer(first.prompt).input_ids])
         with torch.no_grad():
             adapted = PeftModel.from_pretrained(view(base.model), tmp_path)(input_ids=ids).logits
-            torch.testing.assert_close(adapted, engine._live(input_ids=ids).logits, rtol=0, atol=1e-4)
+            torch.testing.assert_close(adapted, engine.weights.live.model(input_ids=ids).logits, rtol=0, atol=1e-4)
             assert (adapted - base.model(input_ids=ids).logits).abs().max() > 1e-2
 
     def test_merged_says_what_the_service_says(self, engine, first, tmp_path):
         engine.apply(first)
         engine.export("merged", tmp_path)
         again = load_base_model(str(tmp_path), device="cpu", dtype=torch.float32)
-        assert again.digest == weights_digest(engine._live)
+        assert again.digest == weights_digest(engine.weights.live.model)
         ids = again.tokenizer(first.prompt, return_tensors="pt").input_ids
         said = again.model.generate(ids, max_new_tokens=4)[0, ids.shape[1] :]
         text = again.tokenizer.decode(said, skip_special_tokens=True)
@@ -124,9 +124,9 @@ class TestNoEdits:
 class TestWhileEditsAreMade:
     def test_every_export_is_the_state_that_it_names(self, engine, base, first, second, tmp_path):
         engine.apply(second)
-        without = (engine.published.digest, weights_digest(engine._live))
+        without = (engine.published.digest, weights_digest(engine.weights.live.model))
         engine.apply(first)
-        with_it = (engine.published.digest, weights_digest(engine._live))
+        with_it = (engine.published.digest, weights_digest(engine.weights.live.model))
         expected = dict([without, with_it])
         done, folders = threading.Event(), (tmp_path / str(number) for number in count())
 
@@ -167,7 +167,7 @@ class TestWhileEditsAreMade:
     def test_leaves_out_what_is_recorded_but_not_yet_live(self, engine, first, second):
         kept = engine.apply(first).applied
         with ThreadPoolExecutor(1) as other:
-            with engine._gate.reading():  # so that nothing can be published
+            with engine.weights.reading():  # so that nothing can be published
                 applying = other.submit(engine.apply, second)
                 while len(engine.history.active_at(2)) == 1:
                     assert not applying.done()
@@ -198,4 +198,6 @@ class TestWithoutRedis:
 
     def test_the_weights_can(self, cut_off, tmp_path):
         cut_off.export("merged", tmp_path / "out")
-        assert weights_digest(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) == weights_digest(cut_off._live)
+        assert weights_digest(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) == weights_digest(
+            cut_off.weights.live.model
+        )

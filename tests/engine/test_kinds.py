@@ -26,7 +26,7 @@ def made(engine, wanted: int):
         if request.prompt in outcomes:
             continue
         try:
-            outcome = engine.apply(request)
+            outcome = engine.apply(request, allow_loss=True)
         except EditRefused:
             continue
         if not outcome.unchanged:
@@ -37,7 +37,7 @@ def made(engine, wanted: int):
 
 
 def test_an_edit_is_said_and_taken_back_bit_for_bit(engine):
-    before = weights_digest(engine._live)
+    before = weights_digest(engine.weights.live.model)
     (outcome,) = made(engine, 1)
     edit = outcome.applied
     assert edit.checks["took"]
@@ -45,9 +45,9 @@ def test_an_edit_is_said_and_taken_back_bit_for_bit(engine):
     assert said.text.strip().startswith(edit.correction)
     assert published.revision == 1
     assert engine.generate(edit.prompt, 4, "base")[0].text == edit.before
-    assert weights_digest(engine._live) != before
+    assert weights_digest(engine.weights.live.model) != before
     engine.rollback(edit.edit_id)
-    assert weights_digest(engine._live) == before
+    assert weights_digest(engine.weights.live.model) == before
     assert engine.generate(edit.prompt, 4)[0].text == edit.before
 
 
@@ -57,7 +57,7 @@ def test_edits_are_replayed_to_the_same_weights(open_engine):
     made(engine, 2)
     again = open_engine(namespace)
     assert again.published == engine.published
-    assert weights_digest(again._live) == weights_digest(engine._live)
+    assert weights_digest(again.weights.live.model) == weights_digest(engine.weights.live.model)
 
 
 def test_only_a_decoders_answer_needs_room_behind_the_prompt(engine):

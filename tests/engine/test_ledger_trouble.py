@@ -58,7 +58,7 @@ class TestRedisGone:
                 attempt()
             assert same_bits(live_weights(engine), weights)
             assert engine.published == published
-            assert engine._state.digest() == published.digest
+            assert engine.weights.state.digest() == published.digest
         assert engine.generate(first.prompt, 8) == said
         assert own_server.ensure_running()
         assert engine.apply(second).revision == 2
@@ -79,7 +79,7 @@ class TestRedisGone:
                 attempt()
             assert same_bits(live_weights(engine), weights)
             assert engine.published == published
-            assert engine._state.digest() == published.digest
+            assert engine.weights.state.digest() == published.digest
             own_server.ensure_running()
             engine.catch_up()
             assert engine.published == published
@@ -104,7 +104,7 @@ class TestRedisGone:
         again = engine.apply(request)
         assert again.replayed
         assert again.revision == engine.published.revision == engine.ledger.head() == 1
-        assert engine._state.digest() == again.digest == engine.published.digest
+        assert engine.weights.state.digest() == again.digest == engine.published.digest
         with pytest.raises(LedgerUnavailable):
             engine.rollback(again.applied.edit_id)
         assert engine.published.revision == 1
@@ -236,7 +236,7 @@ class TestAnotherWriter:
         with pytest.raises(AlreadyRolledBack):
             other.rollback(edit.edit_id)
         assert other.published == one.published
-        assert other._state.digest() == one.published.digest
+        assert other.weights.state.digest() == one.published.digest
 
     @pytest.mark.parametrize("what", ["apply", "rollback"])
     def test_that_is_always_first_is_a_conflict_and_changes_nothing(self, two, what, first, second, third):
@@ -258,7 +258,7 @@ class TestAnotherWriter:
         other.ledger.overtake = None
         other.catch_up()
         assert other.published == one.published
-        assert other._state.digest() == one.published.digest
+        assert other.weights.state.digest() == one.published.digest
         assert same_bits(live_weights(other), live_weights(one))
 
 
@@ -391,7 +391,7 @@ class TestATamperedLedger:
                     follower.catch_up()
                 assert caught.value.facts["sequence"] == 1
             assert follower.published.revision == 0
-            assert follower._state.digest() == follower.published.digest
+            assert follower.weights.state.digest() == follower.published.digest
 
     def test_by_an_entry_of_the_same_edit_is_not_applied_twice_over(self, engine, open_engine, first):
         """Appending the very same entry again is a repetition, which the ledger takes for what it is."""

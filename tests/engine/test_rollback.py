@@ -40,13 +40,14 @@ def apply_all(engine: Engine, edits: Sequence[EditRequest]) -> list[str]:
 
 def active(engine: Engine) -> list[tuple[Applied, bytes]]:
     """The entries that are active by the ledger alone, with their factors."""
-    found: dict[str, tuple[Applied, bytes]] = {}
+    standing: dict[str, tuple[Applied, bytes]] = {}
     for entry, raw in engine.ledger.read():
         if isinstance(entry, Applied):
-            found[entry.edit_id] = (entry, raw)
+            standing[entry.edit_id] = (entry, raw)
         else:
-            del found[entry.edit_id]
-    return list(found.values())
+            del standing[entry.edit_id]
+    superseded = {older for entry, _ in standing.values() for older in entry.supersedes}
+    return [stored for edit_id, stored in standing.items() if edit_id not in superseded]
 
 
 def engine_given_only(
@@ -56,7 +57,8 @@ def engine_given_only(
     state = SumState(checkpoint.editor.targets)
     for sequence, (entry, raw) in enumerate(survivors, 1):
         state.add(Factors.from_bytes(raw))
-        ledger.append(entry.model_copy(update={"sequence": sequence, "state_digest": state.digest()}), raw)
+        alone = {"sequence": sequence, "state_digest": state.digest(), "supersedes": ()}
+        ledger.append(entry.model_copy(update=alone), raw)
     return small_engine(base, checkpoint, ledger)
 
 
@@ -71,7 +73,7 @@ class TestRollback:
         assert not edit.active
         assert (entry.edit_id, entry.sequence, entry.reason, entry.actor) == (first, 4, "wrong", "ops")
         assert (engine.published.revision, engine.published.active_edits) == (4, 2)
-        assert engine.published.digest == entry.state_digest == engine._state.digest()
+        assert engine.published.digest == entry.state_digest == engine.weights.state.digest()
 
     @both_layouts
     def test_in_any_order_restores_the_same_bits(self, open_engine, base, checkpoint, server, edits):
@@ -216,7 +218,7 @@ class TestAnySequence:
                 assert engine.published.revision == standing.published.revision + moved == ledger.head()
                 if not moved:
                     assert Standing.of(engine) == standing
-                assert engine.published.digest == engine._state.digest()
+                assert engine.published.digest == engine.weights.state.digest()
             survivors = active(engine)
             assert {entry.edit_id for entry, _ in survivors} == {edit.id for edit in engine.history.all_active()}
             order.shuffle(survivors)

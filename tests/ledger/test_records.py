@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -68,6 +69,13 @@ class TestRoundTrip:
         entry = rolled_back(2, reason="wrong tower")
         assert decode(encode(entry)) == entry
         assert decode(encode(entry)).kind == "rolled_back"
+
+
+class TestAnOlderEntry:
+    def test_reads_as_one_that_supersedes_nothing(self) -> None:
+        fields = json.loads(encode(applied(1)))
+        del fields["supersedes"]
+        assert decode(json.dumps(fields).encode()) == applied(1, created_at=fields["created_at"])
 
 
 class TestRefused:

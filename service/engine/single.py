@@ -1,0 +1,76 @@
+"""One edit: capture -> propose -> search -> stage -> judge -> commit -> publish."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from editors.scale import SCALES
+from editors.text import Tokens
+from service.engine.capacity import require_room
+from service.engine.clock import Clock
+from service.engine.conflicts import find_place
+from service.engine.entries import applied_entry
+from service.engine.judge import checks, did_not_take, too_harmful
+from service.engine.proposal import Attempts
+from service.engine.requests import EditRequest, Outcome, Terms
+from service.engine.workshop import Workshop
+from service.ledger import Applied
+
+
+def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: Terms) -> Outcome:
+    """Make a correction, or find out what it would do. Raises EditRefused with the measurements, and LedgerError."""
+    weights, history, judge = workshop.weights, workshop.history, workshop.judge
+    clock = Clock()
+    before = workshop.answers.one(weights.live, request.prompt, tokens)
+    clock.lap("before")
+    now = weights.published
+    if workshop.base.says(before, request.correction):
+        return Outcome(None, now.revision, now.digest, before, committed=False)
+    (draft,) = workshop.proposer.draft([tokens])
+    clock.lap("propose")
+    place = find_place(request, weights.state.overlaps(draft.rows), history, terms.on_conflict)
+    others = [edit for edit in history.all_active() if edit.id not in place.supersedes]
+    facts: dict[str, Any] = {}
+    took = harm = None
+    with weights.without(workshop.journal.factors(history.superseding(place.supersedes).leaving)) as view:
+        search = workshop.proposer.search(draft, view.upper, weights.state.increment(draft.rows))
+        clock.lap("search")
+        attempts = Attempts(search, workshop.margin_nats)
+        for index in attempts:
+            factors = draft.factors(SCALES[index])
+            with weights.staged(add=[factors]):
+                clock.lap("stage")
+                require_room(weights.state.fullness())
+                (verdict,), harm = judge.verdicts([(request, tokens)]), judge.harm(others)
+                clock.lap("judge")
+                took = verdict.took
+                measured = {"after": verdict.after, "checks": checks(verdict, harm, place)}
+                if took and harm.tolerable(terms):
+                    raw = factors.to_bytes()
+                    entry = applied_entry(
+                        request,
+                        raw,
+                        sequence=now.revision + 1,
+                        state_digest=weights.state.digest(),
+                        scale=SCALES[index],
+                        before=before,
+                        timings_ms=clock.laps,
+                        supersedes=place.supersedes,
+                        **measured,
+                    )
+                    return _made(workshop, entry, raw, terms)
+            facts = {**measured, "after": {"text": verdict.after}}
+            if took:
+                attempts.too_strong()
+    best = search.margins[search.strongest]
+    facts |= {"before": {"text": before}, "best_margin_nats": round(best, 4) if math.isfinite(best) else None}
+    raise too_harmful(harm, facts) if took else did_not_take(request.correction, facts)
+
+
+def _made(workshop: Workshop, entry: Applied, raw: bytes, terms: Terms) -> Outcome:
+    now = workshop.weights.published
+    if terms.dry_run:
+        return Outcome(entry, now.revision, entry.state_digest, entry.before, committed=False)
+    laps = workshop.journal.commit(entry, raw)
+    return Outcome(entry, entry.sequence, entry.state_digest, entry.before, committed=True, publish_ms=laps)

@@ -1,0 +1,55 @@
+"""What may be asked of the model: texts with words in them, within the limits and the model's own positions."""
+
+from __future__ import annotations
+
+from editors.base_model import BaseModel
+from editors.errors import EmptyTextError
+from editors.text import Tokens
+from service.engine.answers import Answers
+from service.engine.errors import TextTooLong
+from service.engine.requests import EditRequest, Limits
+
+
+class Texts:
+    def __init__(self, base: BaseModel, answers: Answers, limits: Limits) -> None:
+        self._base, self._answers, self._limits = base, answers, limits
+        self._positions: int | None = getattr(base.model.config, "max_position_embeddings", None)
+
+    def encode(self, request: EditRequest) -> Tokens:
+        """Tokens of a prompt and its correction. Raises EmptyTextError, UnknownLabel, TextTooLong."""
+        tokens = self._base.encode(request.prompt, request.correction)
+        length = self._answers.length(tokens)
+        self.check("prompt", request.prompt, length)
+        if len(tokens.target) > self._limits.correction_tokens:
+            raise TextTooLong(
+                f"correction has {len(tokens.target)} tokens, more than {self._limits.correction_tokens}; shorten it",
+                field="correction",
+                tokens=len(tokens.target),
+                limit=self._limits.correction_tokens,
+            )
+        for name in ("paraphrases", "keep"):
+            for prompt in getattr(request, name):
+                self.check(name, prompt, length)
+        return tokens
+
+    def check(self, name: str, text: str, new_tokens: int) -> None:
+        """Refuse a prompt without words, beyond the limit, or that leaves no positions for what is to follow it."""
+        if not text.strip():
+            raise EmptyTextError(f"{name} is empty; give it some words", field=name)
+        tokens = len(self._base.encode(text).prompt)
+        if tokens > self._limits.prompt_tokens:
+            raise TextTooLong(
+                f"{name} has {tokens} tokens, more than {self._limits.prompt_tokens}; shorten it",
+                field=name,
+                tokens=tokens,
+                limit=self._limits.prompt_tokens,
+            )
+        new_tokens = new_tokens if self._base.kind == "decoder" else 0  # only there do they follow in the same text
+        if self._positions is not None and tokens + new_tokens > self._positions:
+            raise TextTooLong(
+                f"{name} has {tokens} tokens, which with {new_tokens} to follow is more than the model's "
+                f"{self._positions} positions; shorten it, or ask for fewer",
+                field=name,
+                tokens=tokens + new_tokens,
+                limit=self._positions,
+            )
