@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from editors import DEFAULT_MODEL
-from editors.errors import BaseModelNotFound, BaseModelUnreadable
+from editors.errors import BaseModelNotFound, BaseModelUnreadable, DeviceUnusable
 from editors.kinds import AUTO_CLASSES, Kind, encode_for, kind_of, kind_of_config, says, tokens
 from editors.packaged import packaged_folder
 from editors.text import Tokens
@@ -54,9 +54,12 @@ class BaseModel:
     def kind(self) -> Kind:
         return kind_of(self.model)
 
-    def encode(self, prompt: str, correction: str | None = None) -> Tokens:
-        """Tokenise a prompt and what should be answered. Raises EmptyTextError, UnknownLabel."""
-        return encode_for(self.model, self.tokenizer, prompt, correction)
+    def encode(self, prompt: str, correction: str | None = None, subject: str | None = None) -> Tokens:
+        """Tokenise a prompt and what should be answered. Raises EmptyTextError, UnknownLabel, SubjectNotFound.
+
+        subject: the part of the prompt that the correction is about; `Tokens.subject` then says where it ends.
+        """
+        return encode_for(self.model, self.tokenizer, prompt, correction, subject)
 
     def says(self, text: str, correction: str) -> bool:
         """Whether a decoded answer says the correction."""
@@ -88,10 +91,11 @@ def load_base_model(
     ref: the packaged model's name, a folder, or a hub id of a causal language model, an encoder-decoder with a
     language head, or a sequence classifier.
     cache_dir: where the converted copy of the packaged model is kept.
-    Raises BaseModelNotFound or BaseModelUnreadable, naming the file and the next step.
+    Raises DeviceUnusable; BaseModelNotFound or BaseModelUnreadable, naming the file and the next step.
     """
     transformers.logging.disable_progress_bar()  # loading takes a second; its bar would fill a server's log
     device = device or default_device()
+    _check_device(device)
     dtype = dtype or default_dtype(device)
     source = packaged_folder(cache_dir) if ref == DEFAULT_MODEL else _checked_folder(ref)
     try:
@@ -128,6 +132,15 @@ def load_base_model(
         model.config.pad_token_id = tokenizer.pad_token_id
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return BaseModel(model, tokenizer, ref, digest, parameters, generation)
+
+
+def _check_device(name: str) -> None:
+    """Raises DeviceUnusable."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter when torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise DeviceUnusable(f"the device {name!r} cannot be used here: {reason}", device=name) from error
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -28,13 +28,14 @@ class Capture:
 
     u, delta: one tensor per target, (rows, d_in) and (rows, d_out), float32 (float64 from a float64 model).
     example: one (rows,) int64 tensor per target, the example that each row belongs to; an encoder's weights see other
-    rows than a decoder's. loss: (examples,), in nats per token.
+    rows than a decoder's. loss: (examples,), in nats per token. sequences: the examples themselves.
     """
 
     u: tuple[Tensor, ...]
     delta: tuple[Tensor, ...]
     example: tuple[Tensor, ...]
     loss: Tensor
+    sequences: tuple[Tokens, ...] = ()
 
 
 def target_losses(logits: Tensor, sequences: Sequence[Tokens], rows: Tensor) -> Tensor:
@@ -90,6 +91,7 @@ def capture(upper: UpperBlocks, hidden: Tensor, sequences: Sequence[Tokens]) -> 
         ),
         example=tuple(example[each] for each in lengths),
         loss=losses.detach(),
+        sequences=tuple(sequences),
     )
 
 

@@ -3,7 +3,8 @@
     EditorsError
     ├── BaseModelError              the base model cannot be read
     │   ├── BaseModelNotFound
-    │   └── BaseModelUnreadable     truncated, damaged or not a model
+    │   ├── BaseModelUnreadable     truncated, damaged or not a model
+    │   └── DeviceUnusable          no such device here
     ├── CheckpointError             an editor checkpoint cannot be used
     │   ├── CheckpointNotFound
     │   ├── CheckpointUnreadable
@@ -15,6 +16,7 @@
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
     ├── UnknownLabel                a correction that is none of a classifier's labels
+    ├── SubjectNotFound             a subject that the prompt does not name
     ├── ReportError                 measurements that cannot be read, compared or drawn
     ├── TrainingError               a training run cannot begin or go on
     │   ├── TrainingOptionsInvalid  options that make no sense, alone or together
@@ -53,6 +55,10 @@ class BaseModelNotFound(BaseModelError):
 
 class BaseModelUnreadable(BaseModelError):
     code = "base_model_unreadable"
+
+
+class DeviceUnusable(BaseModelError):
+    code = "device_unusable"
 
 
 class CheckpointError(EditorsError):
@@ -110,6 +116,10 @@ class EmptyTextError(EditorsError):
 
 class UnknownLabel(EditorsError):
     code = "unknown_label"
+
+
+class SubjectNotFound(EditorsError):
+    code = "subject_not_found"
 
 
 class ReportError(EditorsError):

@@ -1,7 +1,7 @@
 """Take the active edits elsewhere: as a LoRA adapter for `peft`, as a merged model, or as their factors alone.
 
-Flow: factors of all active edits -> rows stacked per weight -> reduced to their numerical rank -> A, B with BA = ΔW.
-Pure: reads models and factors, and writes into the folder that it is given.
+Flow: rows of all active edits together, per weight -> reduced to their numerical rank -> A, B with BA = ΔW.
+Pure: reads models and rows, and writes into the folder that it is given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from editors import DEFAULT_MODEL
 from editors.base_model import BaseModel
 from editors.errors import ExportUnwritable, NothingToExport
-from editors.factors import Factors, digest
+from editors.factors import digest
+from editors.state import Rows
 from editors.targets import Target
 from editors.views import view
 
@@ -28,14 +29,15 @@ LARGEST_RANK = 512
 """Runtimes that serve adapters beside a base model go no further; vLLM's `max_lora_rank` ends here."""
 
 
-def write_lora(base: BaseModel, targets: Sequence[Target], edits: Sequence[Factors], folder: Path) -> dict[str, Any]:
-    """Write a PEFT adapter whose product is the sum of all edits; weights that no edit changes are left out.
+def write_lora(base: BaseModel, targets: Sequence[Target], rows: Rows, folder: Path) -> dict[str, Any]:
+    """Write a PEFT adapter of what all edits do together; weights that no edit changes are left out.
 
-    It holds the factors' product up to float32 rounding; the state also rounds each edit to its grid of 2^-32.
+    rows: whose product is ΔW, from the editor's `joined`. The adapter holds it up to float32 rounding; a summed state
+    also rounds each edit to its grid of 2^-32.
     Returns `rank`, the largest, `ranks` per module, and `warning`, None unless the rank is beyond LARGEST_RANK.
     Raises NothingToExport when the edits change nothing, ExportUnwritable.
     """
-    pairs = {target.module: reduce_rank(*_stacked(target, edits)) for target in targets}
+    pairs = {target.module: reduce_rank(*rows[target.name]) for target in targets}
     pairs = {module: (a, b) for module, (a, b) in pairs.items() if len(a)}
     if not pairs:
         raise NothingToExport(
@@ -66,7 +68,7 @@ def write_lora(base: BaseModel, targets: Sequence[Target], edits: Sequence[Facto
             metadata={"format": "pt"},
         )
         _write_json(folder / "adapter_config.json", config)
-        (folder / "README.md").write_text(_adapter_card(base, len(edits), rank), encoding="utf-8")
+        (folder / "README.md").write_text(_adapter_card(base, rank), encoding="utf-8")
     return {"rank": rank, "ranks": ranks, "warning": _rank_warning(rank)}
 
 
@@ -136,15 +138,6 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _stacked(target: Target, edits: Sequence[Factors]) -> tuple[Tensor, Tensor]:
-    """u and delta of all edits for one weight, float64, which holds the decoded factors exactly."""
-    layers = [factors.layers[target.name] for factors in edits if target.name in factors.layers]
-    u = [layer.u.double() for layer in layers]
-    delta = [layer.delta.double() * 2.0**layer.exponent for layer in layers]
-    none = torch.empty(0, dtype=torch.float64)
-    return torch.cat([none.reshape(0, target.d_in), *u]), torch.cat([none.reshape(0, target.d_out), *delta])
-
-
 def _ranked(ranks: Mapping[str, int]) -> dict[str, Any]:
     """Which modules have an adapter, and of which rank. Scaling is alpha / rank: 1, so both have the same pattern."""
     rank = max(ranks.values())
@@ -186,7 +179,7 @@ def _rank_warning(rank: int) -> str | None:
     )
 
 
-def _adapter_card(base: BaseModel, edits: int, rank: int) -> str:
+def _adapter_card(base: BaseModel, rank: int) -> str:
     if base.ref == DEFAULT_MODEL:  # no hub knows it, and its weights are not those of the model that it was made from
         loading = f"from editors.base_model import load_base_model\n\nbase = load_base_model({base.ref!r}).model"
     else:
@@ -194,7 +187,7 @@ def _adapter_card(base: BaseModel, edits: int, rank: int) -> str:
         loading = f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({base.ref!r})"
     return f"""# LoRA adapter
 
-What {edits} active {"edit does" if edits == 1 else "edits do"} to a base model: rank {rank} at most, scaling 1.
+What the active edits do to a base model: rank {rank} at most, scaling 1.
 `edits.json` lists them.
 
 | | |

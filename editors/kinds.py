@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from editors.errors import BaseModelUnreadable, EmptyTextError, UnknownLabel
-from editors.text import LabelledTokens, Seq2SeqTokens, Tokens, begins_with, encode, encode_answer
+from editors.text import LabelledTokens, Seq2SeqTokens, Tokens, begins_with, encode, encode_answer, subject_position
 
 Kind = Literal["decoder", "encoder-decoder", "classifier"]
 
@@ -79,12 +80,23 @@ def tokens(model: nn.Module, prompt: tuple[int, ...], target: tuple[int, ...] = 
 
 
 def encode_for(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, correction: str | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    correction: str | None = None,
+    subject: str | None = None,
 ) -> Tokens:
     """Tokenise a prompt and its correction for this kind of model.
 
-    Raises EmptyTextError when either has no tokens, UnknownLabel when a classifier has no such label.
+    subject: the part of the prompt that the correction is about.
+    Raises EmptyTextError when prompt or correction has no tokens, UnknownLabel when a classifier has no such label,
+    SubjectNotFound.
     """
+    encoded = _encode(model, tokenizer, prompt, correction)
+    return encoded if subject is None else replace(encoded, subject=subject_position(tokenizer, prompt, subject))
+
+
+def _encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, correction: str | None) -> Tokens:
     kind = kind_of(model)
     if kind == "decoder":
         return encode(tokenizer, prompt, correction)

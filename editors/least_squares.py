@@ -6,7 +6,8 @@ generic inputs,
 
     ΔWᵀ = L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV
 
-is the change that gives every key its own output as nearly as the ridge λ lets it, and moves other inputs least.
+is the change that gives every key its own output as nearly as the ridge λ lets it, and moves other inputs least. The
+more rows there are, the more they disturb each other and everything else: λ grows as a power of their number.
 What accumulates are KᵀK and KᵀV, as integers: keys lie on a grid of 2^-15 and changes on one of 2^-17, so that
 nothing is rounded at all. Below d_in rows the solve takes the rows themselves, in the order of their edits' digests
 (`editors.ridge`, the dual form); from there on it takes the integers, and no longer grows with the edits.
@@ -24,13 +25,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from editors.errors import CheckpointUnreadable, FactorsNotHeld, StateOverflow
-from editors.factors import BITS, GRID_BITS, Factors, LayerFactors, digest
+from editors.factors import BITS, GRID_BITS, Factors, LayerFactors, digest, quantise_keyed
 from editors.ridge import Ridge, reproducibly
 from editors.state import CONTRIBUTION_BITS, Increment, Rows, check_fit, write_change
 from editors.targets import Target
@@ -45,11 +47,23 @@ ROWS_PER_PRODUCT = 2**13
 """So many products of a key (15 bits) and a change (25 bits) are exact in float64, in whatever order they add up."""
 
 
+@dataclass(frozen=True)
+class RidgeLaw:
+    """λ = first · rows^growth. first: at one row, at least MIN_RIDGE. growth: at least 0."""
+
+    first: float
+    growth: float = 0.0
+
+    def ridge(self, rows: int) -> float:
+        return self.first * max(1, rows) ** self.growth
+
+
 class LeastSquaresState:
     """The rows of the active edits, with KᵀK and KᵀV as int64 per target. A `State`.
 
     targets: the edited weights. device: where the accumulators live and systems are solved.
-    whitening: per target name L, lower triangular (d_in, d_in) float64. ridges: per target name λ >= MIN_RIDGE.
+    whitening: per target name L, lower triangular (d_in, d_in) float64.
+    ridges: per target name the `RidgeLaw` that gives λ.
     Raises CheckpointUnreadable when either is missing or cannot be what it should be.
     """
 
@@ -57,7 +71,7 @@ class LeastSquaresState:
         self,
         targets: Sequence[Target],
         whitening: Mapping[str, Tensor],
-        ridges: Mapping[str, float],
+        ridges: Mapping[str, RidgeLaw],
         device: torch.device | str = "cpu",
     ) -> None:
         self.targets = {target.name: target for target in targets}
@@ -69,16 +83,23 @@ class LeastSquaresState:
         self.products: dict[str, Tensor] = {}
         """KᵀV, (d_in, d_out), in units of 2^-32."""
         for name, target in sorted(self.targets.items()):
-            L, ridge = _checked(target, whitening.get(name), ridges.get(name))
-            self._whitening[name], self._ridges[name] = L.to(self._device), ridge
+            law = _checked_law(target, ridges.get(name))
+            L = _checked_factor(target, whitening.get(name))
+            self._whitening[name], self._ridges[name] = L.to(self._device), law
             raw = L.cpu().numpy().astype("<f8", copy=False)
-            self._metrics[name] = f"ridge {ridge.hex()} whitening sha256:{hashlib.sha256(raw).hexdigest()}"
+            metric = hashlib.sha256(raw).hexdigest()
+            self._metrics[name] = f"ridge {law.first.hex()} {law.growth.hex()} whitening sha256:{metric}"
             self.grams[name] = torch.zeros(target.d_in, target.d_in, dtype=torch.int64, device=self._device)
             self.products[name] = torch.zeros(target.d_in, target.d_out, dtype=torch.int64, device=self._device)
         self._held: dict[str, list[Factors]] = {}
         """By the digest of their bytes; a list as long as that edit is active times."""
         self._rows: Counter[str] = Counter()
         self._solved: dict[str, Ridge] = {}
+
+    @staticmethod
+    def quantise(rows: Rows, scale: float = 1.0) -> Factors:
+        """Keys and wanted changes as they are stored. Raises StateOverflow."""
+        return quantise_keyed(rows, scale)
 
     def add(self, *factors: Factors) -> None:
         """Take edits in. All or nothing: raises StateOverflow or FactorsCorrupt with the state unchanged."""
@@ -166,6 +187,21 @@ class LeastSquaresState:
             return torch.zeros(target.d_out, target.d_in, dtype=torch.float64, device=self._device)
         return reproducibly(self._device, self._unwhiten, name, self._solution(name).solution).T
 
+    @torch.no_grad()
+    def rows(self) -> Rows:
+        """What all edits do together, as rows whose product is ΔW = deltaᵀ u: (rows, d_in) and (rows, d_out), float64.
+
+        As many as the edits have, or d_in where they have more.
+        """
+        return {name: self._joined(name) for name in self.targets}
+
+    def _joined(self, name: str) -> tuple[Tensor, Tensor]:
+        solved = self._solution(name)
+        if solved.keys is None:  # ΔW itself
+            eye = torch.eye(self.targets[name].d_in, dtype=torch.float64, device=self._device)
+            return eye, self._unwhiten(name, solved.solution)
+        return self._unwhiten(name, solved.keys.T).T, solved.weights
+
     def _unwhiten(self, name: str, rows: Tensor) -> Tensor:
         """L⁻ᵀ rows, for rows (d_in, n)."""
         return torch.linalg.solve_triangular(self._whitening[name].T, rows, upper=True)
@@ -176,7 +212,7 @@ class LeastSquaresState:
         return self._solved[name]
 
     def _solve(self, name: str) -> Ridge:
-        target, ridge = self.targets[name], self._ridges[name]
+        target, ridge = self.targets[name], self._ridges[name].ridge(self._rows[name])
         if self._rows[name] >= target.d_in:
             gram = self.grams[name].double() * 2.0 ** (-2 * BITS)
             return Ridge.primal(gram, self.products[name].double() * 2.0**-GRID_BITS, ridge)
@@ -204,6 +240,7 @@ class LeastSquaresState:
 
             u = (I + K'PK'ᵀ)⁻¹ K'P L⁻¹,  delta = V',  offset = −K' Lᵀ ΔWᵀ
 
+        with λ as it is; that it grows with the number of rows is left to whoever writes the weights.
         rows: per target name, keys (rows, d_in) and changes (rows, d_out), as `quantise_keyed` takes them.
         """
         return {name: self._increment(name, keys, changes) for name, (keys, changes) in rows.items()}
@@ -238,13 +275,18 @@ class LeastSquaresState:
         return max(self._solution(name).degrees_of_freedom() / target.d_in for name, target in self.targets.items())
 
 
-def _checked(target: Target, L: Tensor | None, ridge: float | None) -> tuple[Tensor, float]:
-    """The metric of one weight, in float64. Raises CheckpointUnreadable."""
-    if ridge is None or not MIN_RIDGE <= ridge < math.inf:
+def _checked_law(target: Target, law: RidgeLaw | None) -> RidgeLaw:
+    """Raises CheckpointUnreadable."""
+    if law is None or not MIN_RIDGE <= law.first < math.inf or not 0 <= law.growth < math.inf:
         raise CheckpointUnreadable(
-            f"the checkpoint's ridge of {target.name} is {ridge}, but must be a number from {MIN_RIDGE:g} on; "
-            "fetch or train the checkpoint again"
+            f"the checkpoint's ridge of {target.name} is {law}, but must be a number from {MIN_RIDGE:g} on and grow by "
+            "a power from 0 on; fetch or train the checkpoint again"
         )
+    return law
+
+
+def _checked_factor(target: Target, L: Tensor | None) -> Tensor:
+    """Raises CheckpointUnreadable."""
     if (
         L is None
         or L.shape != (target.d_in, target.d_in)
@@ -256,4 +298,4 @@ def _checked(target: Target, L: Tensor | None, ridge: float | None) -> tuple[Ten
             f"the checkpoint's whitening of {target.name} is not a lower Cholesky factor of {target.d_in} rows; "
             "fetch or train the checkpoint again"
         )
-    return L.double().contiguous(), float(ridge)
+    return L.detach().double().contiguous()

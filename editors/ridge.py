@@ -31,25 +31,28 @@ class Ridge:
     """A regression that is solved. All tensors are float64.
 
     factor: lower Cholesky factor, of KKᵀ + λI where `keys` are given, of KᵀK + λI where not.
-    keys: (rows, d_in). solution: (d_in, d_out).
+    solution: (d_in, d_out). keys: (rows, d_in), and weights: (rows, d_out), with solution = keysᵀ weights; in the dual
+    form.
     """
 
     ridge: float
     factor: Tensor
-    keys: Tensor | None
     solution: Tensor
+    keys: Tensor | None = None
+    weights: Tensor | None = None
 
     @staticmethod
     def dual(keys: Tensor, changes: Tensor, ridge: float) -> Ridge:
         """keys: (rows, d_in). changes: (rows, d_out). Raises StateOverflow."""
         factor = _decompose(keys @ keys.T, ridge)
-        return Ridge(ridge, factor, keys, keys.T @ torch.cholesky_solve(changes, factor))
+        weights = torch.cholesky_solve(changes, factor)
+        return Ridge(ridge, factor, keys.T @ weights, keys, weights)
 
     @staticmethod
     def primal(gram: Tensor, products: Tensor, ridge: float) -> Ridge:
         """gram: KᵀK (d_in, d_in). products: KᵀV (d_in, d_out). Raises StateOverflow."""
         factor = _decompose(gram, ridge)
-        return Ridge(ridge, factor, None, torch.cholesky_solve(products, factor))
+        return Ridge(ridge, factor, torch.cholesky_solve(products, factor))
 
     def invert(self, right: Tensor) -> Tensor:
         """(KᵀK + λI)⁻¹ right, for right (d_in, n)."""

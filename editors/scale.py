@@ -66,7 +66,7 @@ def search_scale(upper: UpperBlocks, hidden: Tensor, tokens: Tokens, increment: 
         name: (u[None].expand(count, -1, -1), scales[:, None, None] * delta[None] + offset)
         for name, (u, delta, offset) in increment.items()
     }
-    with edited(upper.module, upper.targets, factored):
+    with edited(upper.module, [target for target in upper.targets if target.name in factored], factored):
         logits = upper.logits(hidden.expand(count, *hidden.shape[1:]), [tokens] * count)
     margins = token_margins(logits, torch.tensor(tokens.target, device=hidden.device).repeat(count))
     return ScaleSearch(tuple(margins.view(count, len(tokens.target)).amin(1).tolist()))

@@ -12,14 +12,14 @@ MEND. `editors.least_squares` holds the other.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from editors.errors import FactorsCorrupt, StateOverflow
-from editors.factors import GRID_BITS, Factors, LayerFactors
+from editors.factors import GRID_BITS, Factors, LayerFactors, quantise
 from editors.targets import Target
 
 CONTRIBUTION_BITS = 40
@@ -45,6 +45,10 @@ class State(Protocol):
 
     targets: Mapping[str, Target]
     edits: int
+
+    @staticmethod
+    def quantise(rows: Rows, scale: float = 1.0) -> Factors:
+        """An edit as it is stored and added, `scale` times as strong as its rows. Raises StateOverflow."""
 
     def add(self, *factors: Factors) -> None:
         """Take edits in. All or nothing: raises StateOverflow or FactorsCorrupt with the state unchanged."""
@@ -84,6 +88,11 @@ class SumState:
             for name, target in sorted(self.targets.items())
         }
         self.edits = 0
+
+    @staticmethod
+    def quantise(rows: Rows, scale: float = 1.0) -> Factors:
+        """u and delta as they are stored. Raises StateOverflow."""
+        return quantise(rows, scale)
 
     def add(self, *factors: Factors) -> None:
         """Take edits in. All or nothing: raises StateOverflow or FactorsCorrupt with the state unchanged."""
@@ -152,6 +161,22 @@ class SumState:
 def standalone(rows: Rows) -> Increment:
     """What an edit changes where no other is active, or where edits add up: its own product."""
     return {name: (u, delta, torch.zeros_like(delta)) for name, (u, delta) in rows.items()}
+
+
+def stacked(targets: Iterable[Target], edits: Sequence[Factors]) -> Rows:
+    """The rows of all edits, one after the other: what they do where edits add up.
+
+    In float64, which holds decoded factors exactly; on the CPU.
+    """
+    return {target.name: _stack(target, edits) for target in targets}
+
+
+def _stack(target: Target, edits: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+    layers = [factors.layers[target.name] for factors in edits if target.name in factors.layers]
+    u = [layer.u.double() for layer in layers]
+    delta = [layer.delta.double() * 2.0**layer.exponent for layer in layers]
+    none = torch.empty(0, dtype=torch.float64)
+    return torch.cat([none.reshape(0, target.d_in), *u]), torch.cat([none.reshape(0, target.d_out), *delta])
 
 
 def check_fit(target: Target | None, name: str, layer: LayerFactors) -> None:

@@ -45,6 +45,10 @@ MLP_BY_FAMILY = {
 }
 """Per `config.model_type`: the MLP projections, by module name inside a block."""
 
+KEYED_DEPTH = 0.23
+"""Of a decoder's blocks: where edits that are keyed at their subject are made. There other wordings of a fact have
+nearly the same key and other facts do not; further up the former fades."""
+
 
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,6 +111,23 @@ def first_edited_block(model: nn.Module, targets: Sequence[Target]) -> tuple[int
     return min((int(match[1]) for match in matches), default=len(blocks) - 1), stack
 
 
+def resolve_keyed_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> tuple[tuple[Target, ...], Target]:
+    """The weights that a keyed editor edits, and its witness: the first one's counterpart in the last block.
+
+    patterns: as for `resolve_targets`; without any, the MLP's last projection in a block of the lower middle.
+    Raises TargetsError, also for whatever is not a decoder: only there a subject has one last token.
+    """
+    stack, blocks = find_stacks(model)[0]
+    if patterns is None:
+        block = round(KEYED_DEPTH * len(blocks))
+        targets = resolve_targets(model, [rf"^{re.escape(stack)}\.{block}\.{MLP_BY_FAMILY[_family(model)]}$"])[-1:]
+    else:
+        targets = resolve_targets(model, patterns)
+    last = re.sub(rf"^({re.escape(stack)})\.\d+\.", rf"\g<1>.{len(blocks) - 1}.", targets[0].module)
+    (witness,) = resolve_targets(model, [f"^{re.escape(last)}$"])
+    return targets, witness
+
+
 def resolve_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> tuple[Target, ...]:
     """Find the weights to edit, in the order of the model's own modules.
 
@@ -163,7 +184,7 @@ def named_targets(model: nn.Module, names: Sequence[str]) -> tuple[Target, ...]:
     return tuple(_target(model, name.removesuffix(".weight"), modules[name]) for name in names)
 
 
-def _preset(model: nn.Module) -> str:
+def _family(model: nn.Module) -> str:
     family = getattr(model.config, "model_type", "unknown")
     if family not in MLP_BY_FAMILY:
         raise TargetsError(
@@ -171,6 +192,11 @@ def _preset(model: nn.Module) -> str:
             "name the layers with --layers",
             architecture=family,
         )
+    return family
+
+
+def _preset(model: nn.Module) -> str:
+    family = _family(model)
     stacks = find_stacks(model)
     count = EDITED_BLOCKS if len(stacks) == 1 else EDITED_BLOCKS_OF_EACH
     blocks = "|".join(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from editors.errors import EmptyTextError
+from editors.errors import EmptyTextError, SubjectNotFound
 
 IGNORED = -100
 """Label of a position that is not scored, as in transformers."""
@@ -23,10 +23,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt's tokens followed by the tokens of what should come next (possibly none), as a decoder reads them."""
+    """A prompt's tokens followed by the tokens of what should come next (possibly none), as a decoder reads them.
+
+    subject: position of the last token of what the prompt is about, where that is known.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...] = ()
+    subject: int | None = field(default=None, kw_only=True)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -144,6 +148,22 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, correction: str) -> tuple[
         raise EmptyTextError("the correction has no tokens", field="correction")
     ending = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return (*target, *ending)
+
+
+def subject_position(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str) -> int:
+    """Position of the last token of a subject among the prompt's tokens, where it stands last.
+
+    Raises SubjectNotFound, also where letters differ in case.
+    """
+    begin = prompt.rfind(subject.strip()) if subject.strip() else -1
+    if begin < 0:
+        raise SubjectNotFound(
+            f"the subject {subject!r} does not occur in the prompt; give it as the prompt writes it, or leave it out",
+            field="subject",
+        )
+    end = begin + len(subject.strip())
+    offsets = tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+    return max(position for position, (start, stop) in enumerate(offsets) if start < end and start < stop)
 
 
 def begins_with(text: str, correction: str) -> bool:

@@ -44,7 +44,8 @@ def view(model: nn.Module, own: Iterable[str] = ()) -> nn.Module:
 
 
 Factored = Mapping[str, tuple[Tensor, Tensor]]
-"""Per target: ũ (batch, rank, d_in) and δ̃ (batch, rank, d_out); row b of a batch runs with ΔW = Σ δ̃_b ũ_bᵀ."""
+"""Per target: ũ (batch, rank, d_in) and δ̃ (batch, rank, d_out); row b of a batch runs with ΔW = Σ δ̃_b ũ_bᵀ.
+Where there is only one, all rows run with it."""
 
 
 @contextmanager
@@ -54,9 +55,12 @@ def edited(model: nn.Module, targets: Sequence[Target], factored: Factored) -> I
     def add(u: Tensor, delta: Tensor) -> Callable:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].to(u.dtype)  # (batch, tokens, d_in)
-            if x.dim() == 2:  # some architectures (OPT) flatten batch and tokens before their MLP
-                x = x.unflatten(0, (len(u), -1))
-            change = (x @ u.mT) @ delta  # (batch, tokens, d_out)
+            if len(u) == 1:
+                change = (x @ u[0].T) @ delta[0]
+            else:
+                if x.dim() == 2:  # some architectures (OPT) flatten batch and tokens before their MLP
+                    x = x.unflatten(0, (len(u), -1))
+                change = (x @ u.mT) @ delta  # (batch, tokens, d_out)
             return output + change.reshape(output.shape).to(output.dtype)
 
         return hook

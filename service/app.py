@@ -44,7 +44,6 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
     if settings.dtype is not None and settings.dtype not in DTYPES:
         raise ValueError(f"MEND_DTYPE is {settings.dtype!r}; it must be one of {', '.join(DTYPES)}")
     dtype = DTYPES[settings.dtype] if settings.dtype else None
-    _check_device(settings.device)
     limits = Limits(
         prompt_tokens=settings.max_prompt_tokens,
         correction_tokens=settings.max_correction_tokens,
@@ -133,14 +132,6 @@ class Service:
             if not trouble:
                 logger.info("the ledger is back")
         self._trouble = trouble
-
-
-def _check_device(name: str | None) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter when torch was built without it
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"MEND_DEVICE is {name!r}, which cannot be used here: {reason}") from error
 
 
 def create_app(

@@ -14,7 +14,7 @@ from editors.mend.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.engine import EditRefused, EditRequest, Engine, Limits
 from service.engine.requests import Published
 from service.ledger import RedisLedger
-from tests.small import small_base, small_editor
+from tests.small import small_base, small_editor, small_keyed_editor
 
 PROMPTS = {
     "France": "The capital of France is",
@@ -86,6 +86,12 @@ def save_base(folder: Path, layout: str = "linear") -> BaseModel:
 def save_editor(folder: Path, base: BaseModel) -> Path:
     """Write an untrained editor for a small base model, under which most corrections take, by a narrow margin."""
     save_checkpoint(folder, small_editor(base), base, {"margin_nats": 0.1})
+    return folder
+
+
+def save_keyed_editor(folder: Path, base: BaseModel) -> Path:
+    """Write an untrained keyed editor for a small base model."""
+    save_checkpoint(folder, small_keyed_editor(base), base, {})
     return folder
 
 

@@ -12,8 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
 from editors.mend.editor import MendEditor
+from editors.mend.keyed import KeyedEditor
 from editors.mend.variant import Variant
-from editors.targets import resolve_targets
+from editors.targets import resolve_keyed_targets, resolve_targets
 from editors.views import UpperBlocks
 from tests.editors.families import family_model
 
@@ -94,6 +95,27 @@ def small_editor(base: BaseModel, step: float = 0.01, variant: Variant = SMALL_V
     editor = MendEditor(targets, variant)
     editor.update_statistics(capture(upper, upper.below([sequence.inputs for sequence in tokens]), tokens))
     torch.nn.init.constant_(editor.log_steps, math.log(step))
+    return editor.requires_grad_(False).eval()
+
+
+def small_keyed_editor(base: BaseModel) -> KeyedEditor:
+    """An untrained keyed editor for a small base model, whose whitening and statistics are of a few texts."""
+    targets, witness = resolve_keyed_targets(base.model)
+    upper = UpperBlocks(base.model, (*targets, witness))
+    texts = [
+        base.encode(f"{start} {city} {end}", "Rome", city)
+        for city in ("Paris", "London", "Oslo", "Madrid", "Vienna")
+        for start, end in (("The city of", "is"), ("In", "the language"), ("Who is born in", "and speaks"))
+    ]
+    torch.manual_seed(4)
+    editor = KeyedEditor(targets, witness, rank=4)
+    found = capture(upper, upper.below([sequence.inputs for sequence in texts]), texts)
+    for index, (target, u) in enumerate(zip(targets, found.u, strict=False)):
+        covariance = u.T @ u / len(u)
+        ridge = 0.3 * covariance.diagonal().mean() * torch.eye(target.d_in)
+        editor.whitening(index).copy_(torch.linalg.cholesky(covariance + ridge).half())
+        weight = target.oriented(base.model.get_parameter(target.name))
+        editor.networks[index].fit(editor.read(found).u[index], weight)
     return editor.requires_grad_(False).eval()
 
 

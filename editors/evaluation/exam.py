@@ -10,7 +10,7 @@ from editors.data import Example
 from editors.evaluation.cases import Case, make_cases
 from editors.evaluation.marks import Values, mark_base, mark_locality, mark_target
 from editors.evaluation.reader import Reader, Reading
-from editors.factors import Factors
+from editors.state import Rows
 
 END_TOKENS = 2
 """Decoded beyond the answer's own, for a tokenisation that is longer than the data's."""
@@ -35,7 +35,7 @@ class Exam:
         self._base = {index: found[index] for index in everything if self.cases[index].wanted is None}
         self.before = self._mark(pristine, everything, found, None, edited=False)
 
-    def mark(self, reader: Reader, edits: Sequence[Factors] | None = None, only: int | None = None) -> list[Values]:
+    def mark(self, reader: Reader, edits: Sequence[Rows] | None = None, only: int | None = None) -> list[Values]:
         """Values of each example under the reader's model.
 
         edits: one for each example, to be read under it. only: leave out the cases of all other examples.
@@ -44,7 +44,7 @@ class Exam:
         return self._mark(reader, chosen, self._read(reader, chosen, edits), edits, edited=True)
 
     def _read(
-        self, reader: Reader, chosen: Sequence[int], edits: Sequence[Factors] | None
+        self, reader: Reader, chosen: Sequence[int], edits: Sequence[Rows] | None
     ) -> dict[int, dict[str, Reading]]:
         places = [(index, name) for index in chosen for name in self.cases[index].sequences]
         readings = reader.read(
@@ -62,7 +62,7 @@ class Exam:
         reader: Reader,
         chosen: Sequence[int],
         found: dict[int, dict[str, Reading]],
-        edits: Sequence[Factors] | None,
+        edits: Sequence[Rows] | None,
         *,
         edited: bool,
     ) -> list[Values]:
@@ -78,7 +78,7 @@ class Exam:
                 values[case.owner].setdefault(name, []).append(value)
         return values
 
-    def _say(self, reader: Reader, chosen: Sequence[int], edits: Sequence[Factors] | None) -> dict[int, bool]:
+    def _say(self, reader: Reader, chosen: Sequence[int], edits: Sequence[Rows] | None) -> dict[int, bool]:
         asked = [index for index in chosen if self.cases[index].wanted is not None] if self.decode else []
         if not asked:
             return {}

@@ -13,10 +13,10 @@ from editors.base_model import BaseModel
 from editors.capture import capture
 from editors.data import Example
 from editors.errors import StateOverflow
-from editors.factors import Factors, quantise
-from editors.mend.editor import MendEditor
+from editors.factors import Factors
+from editors.mend.checkpoint import Editor
 from editors.scale import SCALES, ScaleSearch, search_scale, token_margins
-from editors.state import Increment, Rows, SumState, standalone
+from editors.state import Increment, Rows
 from editors.targets import Target
 from editors.text import Tokens
 from editors.views import UpperBlocks, view
@@ -25,6 +25,8 @@ MAX_ATTEMPTS = 5
 """Scales that the service tries for one edit, at most."""
 TOGETHER = 24
 """Edits that are worked out in one batch."""
+STRONGER, STRONGER_BY = 4, 2**0.5
+"""How often, and by how much, edits are made stronger that do not take beside many others."""
 
 Weights = Mapping[str, Tensor]
 """An edit that is no sum of factors: the edited weights themselves, by name, in the parameters' own layout."""
@@ -49,23 +51,17 @@ class Method(Protocol):
     def edits(self, examples: Sequence[Example]) -> Iterable[Made]:
         """One edit for each example, made at the base, as if there were no other."""
 
+    def write(self, edit: Factors | Weights, live: nn.Module) -> None:
+        """Set the edited weights of `live` to those under one edit, rounded to the model's own precision."""
+
+    def rows(self, edit: Factors) -> Rows:
+        """What a factored edit does alone, as rows whose product is ΔW."""
+
     def write_together(self, examples: Sequence[Example], live: nn.Module) -> None:
         """Set the edited weights of `live`, a view, to those under all edits made at the base in one change."""
 
     def write_in_turn(self, examples: Sequence[Example], live: nn.Module) -> Iterator[Made]:
         """Change the edited weights of `live`, a view that is as the base, by one edit after another."""
-
-
-def write(edit: Factors | Weights, base: BaseModel, targets: Sequence[Target], live: nn.Module) -> None:
-    """Set the edited weights of `live` to those under one edit, rounded to the model's own precision."""
-    if isinstance(edit, Factors):
-        state = SumState(targets, base.device)
-        state.add(edit)
-        state.write(base.model, live)
-        return
-    with torch.no_grad():
-        for name, weight in edit.items():
-            live.get_parameter(name).copy_(weight)
 
 
 class Mend:
@@ -76,69 +72,90 @@ class Mend:
 
     factored = True
 
-    def __init__(self, base: BaseModel, editor: MendEditor, margin: float, name: str = "mend") -> None:
+    def __init__(self, base: BaseModel, editor: Editor, margin: float, name: str = "mend") -> None:
         self.base, self.editor, self.margin, self.name = base, editor, margin, name
         self.targets = editor.targets
-        self._upper = UpperBlocks(base.model, editor.targets)
+        self._upper = UpperBlocks(base.model, editor.captured)
+        self._alone = _Candidate(base, editor)
         # Small changes vanish when weights are rounded, so there a scale has to be tried on rounded weights.
         self._rounds = torch.finfo(base.dtype).eps > torch.finfo(torch.float32).eps
 
     def edits(self, examples: Sequence[Example]) -> Iterator[Made]:
         """At the searched scale; where an edit does not take, at the one that comes nearest."""
-        candidate = _Candidate(self.base, self.targets) if self._rounds else None
-        for start in range(0, len(examples), TOGETHER):
-            tokens = [self.base.encode(e.prompt, e.correction) for e in examples[start : start + TOGETHER]]
-            hidden = self._upper.below([sequence.inputs for sequence in tokens])
-            with torch.no_grad():
-                proposal = self.editor(capture(self._upper, hidden, tokens))
-            for index, sequence in enumerate(tokens):
-                own = hidden[index : index + 1, : len(sequence.inputs)]
-                alone = standalone(proposal.rows_of(self._upper.targets, index))
-                search = search_scale(self._upper, own, sequence, alone)
-                rows = proposal.rows_of(self.targets, index)
-                order = search.order(self.margin)[:MAX_ATTEMPTS] or [search.strongest]
-                chosen = order[0]
-                if candidate is not None:
-                    holding = (i for i in order if candidate.holds(quantise(rows, SCALES[i]), sequence, own))
-                    chosen = next(holding, chosen)
-                yield Made(quantise(rows, SCALES[chosen]), _facts(search, chosen))
+        alone = self._alone
+        for sequence, hidden, rows in self._proposed(examples):
+            search = search_scale(alone.upper, hidden, sequence, alone.increment(rows))
+            order = search.order(self.margin)[:MAX_ATTEMPTS] or [search.strongest]
+            chosen = order[0]
+            if self._rounds:
+                holding = (i for i in order if alone.holds(alone.quantise(rows, SCALES[i]), sequence, hidden))
+                chosen = next(holding, chosen)
+            yield Made(alone.quantise(rows, SCALES[chosen]), _facts(search, chosen))
+
+    def write(self, edit: Factors, live: nn.Module) -> None:
+        self._alone.write([edit], live)
+
+    def rows(self, edit: Factors) -> Rows:
+        return self.editor.joined([edit])
 
     def write_together(self, examples: Sequence[Example], live: nn.Module) -> None:
-        state = SumState(self.targets, self.base.device)
-        for made in self.edits(examples):
-            state.add(made.edit)
-        state.write(self.base.model, live)
+        """Edits that add up, each at its own searched scale. Edits that know of each other, all at the scale of their
+        training; those that do not take are made stronger together, a few times."""
+        if self.editor.aggregate == "sum":
+            self._alone.write([made.edit for made in self.edits(examples)], live)
+            return
+        proposed = list(self._proposed(examples))
+        scales = [1.0] * len(proposed)
+        candidate = _Candidate(self.base, self.editor, live)
+        for attempt in range(STRONGER + 1):
+            edits = [candidate.quantise(rows, scale) for (_, _, rows), scale in zip(proposed, scales, strict=True)]
+            candidate.write(edits, live)
+            said = [candidate.says(sequence, hidden) for sequence, hidden, _ in proposed]
+            if all(said) or attempt == STRONGER:
+                return
+            scales = [scale if holds else scale * STRONGER_BY for scale, holds in zip(scales, said, strict=True)]
 
     def write_in_turn(self, examples: Sequence[Example], live: nn.Module) -> Iterator[Made]:
         """The scale is searched on top of what is live. What no scale can teach is refused, as by the service."""
-        candidate = _Candidate(self.base, self.targets, live)
+        candidate = _Candidate(self.base, self.editor, live)
         for example in examples:
-            tokens = self.base.encode(example.prompt, example.correction)
-            hidden = self._upper.below([tokens.inputs])
+            ((tokens, hidden, rows),) = self._proposed([example])
             if candidate.says(tokens, hidden):
                 yield Made(None, {"scale": None, "already": True})
                 continue
-            with torch.no_grad():
-                proposal = self.editor(capture(self._upper, hidden, [tokens]))
-            rows = proposal.rows_of(self.targets, 0)
             search = search_scale(candidate.upper, hidden, tokens, candidate.increment(rows))
             for index in search.order(self.margin)[:MAX_ATTEMPTS]:
-                factors = quantise(rows, SCALES[index])
+                factors = candidate.quantise(rows, SCALES[index])
                 if candidate.holds(factors, tokens, hidden, keep=True):
                     yield Made(factors, _facts(search, index))
                     break
             else:
                 yield Made(None, {"scale": None, "refused": True})
 
+    def _proposed(self, examples: Sequence[Example]) -> Iterator[tuple[Tokens, Tensor, Rows]]:
+        """Each example's tokens, its hidden states under the edited blocks (1, tokens, width), and its edit."""
+        for start in range(0, len(examples), TOGETHER):
+            tokens = [self._encode(example) for example in examples[start : start + TOGETHER]]
+            hidden = self._upper.below([sequence.inputs for sequence in tokens])
+            with torch.no_grad():
+                proposal = self.editor(capture(self._upper, hidden, tokens))
+            for index, sequence in enumerate(tokens):
+                yield sequence, hidden[index : index + 1, : len(sequence.inputs)], proposal.rows_of(self.targets, index)
+
+    def _encode(self, example: Example) -> Tokens:
+        named = example.subject if example.subject and example.subject.strip() in example.prompt else None
+        return self.base.encode(example.prompt, example.correction, (named or "").strip() or None)
+
 
 class _Candidate:
     """Weights on which edits are tried, on top of those that were kept. live: a view of the base, to be written."""
 
-    def __init__(self, base: BaseModel, targets: Sequence[Target], live: nn.Module | None = None) -> None:
+    def __init__(self, base: BaseModel, editor: Editor, live: nn.Module | None = None) -> None:
         self._base = base
-        self._live = live or view(base.model, [target.name for target in targets])
-        self._state = SumState(targets, base.device)
-        self.upper = UpperBlocks(self._live, targets)
+        self._live = live or view(base.model, [target.name for target in editor.targets])
+        self._state = editor.new_state(base.device)
+        self.quantise = self._state.quantise
+        self.upper = UpperBlocks(self._live, editor.targets)
 
     @torch.no_grad()
     def says(self, tokens: Tokens, hidden: Tensor) -> bool:
@@ -148,9 +165,17 @@ class _Candidate:
 
     def increment(self, rows: Rows) -> Increment:
         """What one more edit would change, by the names that targets have in `upper`."""
-        names = zip(self.upper.targets, self._state.targets, strict=True)
+        names = zip(self.upper.targets, rows, strict=True)
         increment = self._state.increment(rows)
         return {short.name: increment[full] for short, full in names}
+
+    def write(self, edits: Sequence[Factors], live: nn.Module) -> None:
+        """Set the weights of `live` to those under these edits, and under those that were kept."""
+        self._state.add(*edits)
+        try:
+            self._state.write(self._base.model, live)
+        finally:
+            self._state.remove(*edits)
 
     def holds(self, factors: Factors, tokens: Tokens, hidden: Tensor, *, keep: bool = False) -> bool:
         """Whether the edit takes on the weights as they are served. keep: leave it in if so."""

@@ -19,7 +19,7 @@ from editors.data import Example
 from editors.errors import DataFileError
 from editors.evaluation.cases import draw_unrelated, encoded
 from editors.evaluation.exam import Exam
-from editors.evaluation.methods import Made, Method, write
+from editors.evaluation.methods import Made, Method
 from editors.evaluation.reader import Reader
 from editors.evaluation.report import Report
 from editors.evaluation.texts import TextLoss
@@ -61,14 +61,14 @@ class Bench:
             made = _timed(method.edits([example for example, _ in batch]), report)
             report.before += exam.before
             if by_row:
-                edits = [one.edit for one in made]
+                edits = [method.rows(one.edit) for one in made]
                 report.after += exam.mark(pristine, edits)
                 for edit in edits[: TEXT_EDITS - texts.measured]:
                     texts.measure(pristine, edit)
                 continue
             live = live or self._live(method)
             for owner, one in enumerate(made):
-                write(one.edit, self.base, method.targets, live.whole)
+                method.write(one.edit, live.whole)
                 report.after.append(exam.mark(live, only=owner)[owner])
                 if texts.measured < TEXT_EDITS:
                     texts.measure(live)
@@ -107,7 +107,9 @@ class Bench:
 
     def _mark_all(self, report: Report, pristine: Reader, live: Reader, examples: Sequence[Example]) -> None:
         """Mark examples under weights that hold all of their edits."""
-        asked = list(zip(examples, draw_unrelated(examples, self.seed, self.others), strict=True))
+        edited = {id(example) for example in examples}
+        others = [other for other in self.others if id(other) not in edited]
+        asked = list(zip(examples, draw_unrelated(examples, self.seed, others), strict=True))
         for batch in self._batches(asked, report):
             exam = Exam(pristine, [example for example, _ in batch], [prompts for _, prompts in batch])
             report.before += exam.before

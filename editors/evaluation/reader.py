@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from editors.base_model import BaseModel
 from editors.capture import target_losses
 from editors.decoding import generate_batch
-from editors.factors import Factors
+from editors.state import Rows
 from editors.targets import Target
 from editors.text import Tokens, scored_positions
 from editors.views import UpperBlocks, edited
@@ -59,7 +59,7 @@ class Reader:
 
     @torch.no_grad()
     def read(
-        self, sequences: Sequence[Tokens], states: Sequence[Tensor], edits: Sequence[Factors] | None = None
+        self, sequences: Sequence[Tokens], states: Sequence[Tensor], edits: Sequence[Rows] | None = None
     ) -> list[Reading]:
         """Score every sequence. states: from `below`. edits: one for each sequence; without any, the model as it is."""
         readings: list[Reading | None] = [None] * len(sequences)
@@ -71,7 +71,7 @@ class Reader:
                 readings[row] = reading
         return readings
 
-    def say(self, prompts: Sequence[str], length: int, edits: Sequence[Factors] | None = None) -> list[str]:
+    def say(self, prompts: Sequence[str], length: int, edits: Sequence[Rows] | None = None) -> list[str]:
         """Greedy answers of at most `length` tokens; a classifier's label."""
         texts: list[str] = []
         for start in range(0, len(prompts), ROWS):
@@ -82,7 +82,7 @@ class Reader:
         return texts
 
     def _under(
-        self, module: nn.Module, targets: Sequence[Target], edits: Sequence[Factors] | None
+        self, module: nn.Module, targets: Sequence[Target], edits: Sequence[Rows] | None
     ) -> AbstractContextManager:
         if edits is None:
             return nullcontext()
@@ -120,8 +120,8 @@ def _chunks(sequences: Sequence[Tokens]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _stack(edits: Sequence[Factors], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per target, the decoded factors of every row's edit, padded to one rank with zero rows."""
+def _stack(edits: Sequence[Rows], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per target, the rows of every text's edit, float32, padded to one rank with zero rows."""
     unique = {id(edit): edit for edit in edits}
     place = {key: index for index, key in enumerate(unique)}
     owners = [place[id(edit)] for edit in edits]
@@ -130,7 +130,7 @@ def _stack(edits: Sequence[Factors], device: torch.device) -> dict[str, tuple[Te
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)[owners].to(device)
 
     stacked = {}
-    for name in edits[0].layers:
-        decoded = [edit.layers[name].decode() for edit in unique.values()]
-        stacked[name] = (padded([u for u, _ in decoded]), padded([delta for _, delta in decoded]))
+    for name in edits[0]:
+        pairs = [edit[name] for edit in unique.values()]
+        stacked[name] = (padded([u.float() for u, _ in pairs]), padded([delta.float() for _, delta in pairs]))
     return stacked

@@ -11,6 +11,16 @@ from typing import Any
 from editors.evaluation.marks import FIGURES, SCORES, Values
 from editors.evaluation.metrics import Figure, grouped, harmonic, perplexity, shown
 
+OVER_COUNTS = {
+    "efficacy, read": "efficacy, sequence",
+    "decoded": "efficacy, greedy",
+    "paraphrase, read": "paraphrase, sequence",
+    "decoded ": "paraphrase, greedy",
+    "neighbours": "neighbour, next token",
+    "unrelated": "unrelated, next token",
+    "perplexity": "perplexity",
+}
+"""Columns of the table over the number of edits."""
 TENTHS = ("efficacy, greedy", "paraphrase, greedy")
 """Figures that are also told of the first and of the last tenth of edits that were made one after another."""
 
@@ -103,6 +113,20 @@ class Report:
             ]
             found |= {"text_losses": self.losses_after, "texts_digest": self.texts_digest}
         return found
+
+
+def over_counts(reports: Sequence[Report]) -> str:
+    """Markdown: one row per number of edits that are active at once and method, with 95 % intervals."""
+    rows = [
+        (int(report.setting.partition(" ")[2] or 1), report)
+        for report in reports
+        if report.setting == "single" or report.setting.startswith("batched")
+    ]
+    lines = ["| N | method | " + " | ".join(OVER_COUNTS) + " |", "|---" * (2 + len(OVER_COUNTS)) + "|"]
+    for count, report in sorted(rows, key=lambda row: row[0]):
+        cells = [str(report.figures[name]) if name in report.figures else "" for name in OVER_COUNTS.values()]
+        lines.append(f"| {count} | {report.method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _figures(examples: Sequence[Values], losses: Sequence[float], seed: int) -> dict[str, Figure]:

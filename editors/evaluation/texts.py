@@ -12,8 +12,8 @@ from torch import Tensor
 from editors.base_model import BaseModel
 from editors.errors import DataFileError
 from editors.evaluation.reader import Reader
-from editors.factors import Factors
 from editors.mend.training.samples import own_samples
+from editors.state import Rows
 from editors.text import Tokens
 
 CHUNK_TOKENS = 128
@@ -60,7 +60,7 @@ class TextLoss:
         self.before = self._losses(pristine, None)
         self._after: list[list[float]] = []
 
-    def measure(self, reader: Reader, edit: Factors | None = None) -> None:
+    def measure(self, reader: Reader, edit: Rows | None = None) -> None:
         """Take in what the texts cost under one more set of edits."""
         if self._texts:
             self._after.append(self._losses(reader, edit))
@@ -74,6 +74,6 @@ class TextLoss:
         """Each text's loss, averaged over what was measured."""
         return [sum(column) / len(column) for column in zip(*self._after, strict=True)]
 
-    def _losses(self, reader: Reader, edit: Factors | None) -> list[float]:
+    def _losses(self, reader: Reader, edit: Rows | None) -> list[float]:
         edits = [edit] * len(self._texts) if edit else None
         return [-reading.log_probability for reading in reader.read(self._texts, self._states, edits)]

@@ -71,6 +71,11 @@ class FineTuning:
             taken = self.tune([self.base.encode(example.prompt, example.correction)])
             yield Made(self._copy(), {"steps": taken})
 
+    def write(self, edit: Weights, live: nn.Module) -> None:
+        with torch.no_grad():
+            for name, weight in edit.items():
+                live.get_parameter(name).copy_(weight)
+
     def write_together(self, examples: Sequence[Example], live: nn.Module) -> None:
         self._set(self.base.model)
         self.tune([self.base.encode(example.prompt, example.correction) for example in examples])

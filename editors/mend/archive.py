@@ -106,16 +106,23 @@ def read_archive(path: Path) -> Archive:
     )
 
 
-def write_archive(checkpoint: Checkpoint, base: BaseModel, path: Path) -> Path:
+def write_archive(checkpoint: Checkpoint, base: BaseModel, path: Path, *, replace: bool = False) -> Path:
     """Write an editor as the original code would have saved it. Returns the path of its configuration, beside it.
 
-    base: the model that it was trained for. Raises ArchiveMismatch for an editor that the original code cannot run, and
-    CheckpointError when the files cannot be written.
+    base: the model that it was trained for. replace: also what is there already.
+    Raises ArchiveMismatch for an editor that the original code cannot run, and CheckpointError when the files cannot be
+    written or are there already.
     """
     editor, card = checkpoint.editor, checkpoint.card
-    if editor.variant.plain or checkpoint.aggregate != "sum":
-        what = "has no networks" if editor.variant.plain else f"adds edits up by {checkpoint.aggregate}"
+    if checkpoint.aggregate != "sum" or editor.variant.plain:
+        joins = checkpoint.aggregate.replace("_", " ")
+        what = f"joins edits by {joins}" if checkpoint.aggregate != "sum" else "has no networks"
         raise ArchiveMismatch(f"{checkpoint.name} {what}, which the original code cannot do")
+    sidecar = path.with_suffix(".yaml")
+    if sidecar == path:
+        raise CheckpointError(f"{path} is the name of the archive's configuration; give the archive another ending")
+    if there := [file for file in (path, sidecar) if file.exists() and not replace]:
+        raise CheckpointError(f"{there[0]} is there already; name another file, or replace it by --force")
     state: dict[str, Any] = OrderedDict(edit_lrs=(editor.signs * editor.log_steps.exp()).detach().cpu())
     own = editor.state_dict()
     state.update({theirs: own[ours].cpu() for ours, theirs in parameters_of(editor)})
@@ -133,12 +140,15 @@ def write_archive(checkpoint: Checkpoint, base: BaseModel, path: Path) -> Path:
         "elapsed_time": card.get("training_seconds", 0),
         "step": card.get("step", 0),
     }
-    draft, sidecar = path.with_name(f".{path.name}.draft"), path.with_suffix(".yaml")
+    draft = path.with_name(f".{path.name}.draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            torch.save(content, file)
-        os.replace(draft, path)
+        try:
+            with draft.open("wb") as file:
+                torch.save(content, file)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
         sidecar.write_text(yaml.safe_dump(describe(editor.targets, editor.variant), sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{error.filename or path} cannot be written ({error.strerror})") from error

@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from editors.base_model import BaseModel
 from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
 from editors.mend.editor import MendEditor
+from editors.mend.keyed import KeyedEditor
 from editors.mend.variant import Variant
 from editors.targets import Target
 
@@ -35,11 +36,14 @@ DEFAULT_MARGIN = 2.0
 """Nats; chosen on validation data, where less costs paraphrases and more costs neighbours."""
 
 
+Editor = MendEditor | KeyedEditor
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded editor. digest: `sha256:…` of its weights' file. aggregate: how its edits add up."""
 
-    editor: MendEditor
+    editor: Editor
     name: str
     digest: str
     aggregate: str
@@ -49,25 +53,22 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, editor: MendEditor, base: BaseModel, facts: dict[str, Any], matrices: torch.dtype = torch.float16
+    folder: Path, editor: Editor, base: BaseModel, facts: dict[str, Any], matrices: torch.dtype = torch.float16
 ) -> None:
     """Write the editor and its card, each replaced whole.
 
     facts: what the trainer knows: data, configuration, command, results. matrices: how the networks' are stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    variant = asdict(editor.variant)
     card = {
         "format": FORMAT,
         "name": folder.name,
         "digest": "",
         "base_model": {"ref": base.ref, "digest": base.digest, "parameters": base.parameters},
-        "aggregate": "sum",
+        "aggregate": editor.aggregate,
         "margin_nats": DEFAULT_MARGIN,
-        "rank": variant.pop("rank"),
-        "variant": variant,
+        **_shape(editor),
         "targets": [asdict(target) for target in editor.targets],
-        "signs": [int(sign) for sign in editor.signs],
         **facts,
     }
     tensors = {name: _stored(name, tensor, matrices) for name, tensor in editor.state_dict().items()}
@@ -75,6 +76,14 @@ def save_checkpoint(
     card["digest"] = _digest(raw)
     _replace(folder / WEIGHTS, raw)
     write_card(folder, card)
+
+
+def _shape(editor: Editor) -> dict[str, Any]:
+    """What an editor of its kind is made of, beside its targets."""
+    if isinstance(editor, KeyedEditor):
+        return {"rank": editor.rank, "witness": asdict(editor.witness)}
+    variant = asdict(editor.variant)
+    return {"rank": variant.pop("rank"), "variant": variant, "signs": [int(sign) for sign in editor.signs]}
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
@@ -113,19 +122,28 @@ def read_weights(folder: Path, card: dict[str, Any]) -> bytes:
     return raw
 
 
-def build_editor(folder: Path, card: dict[str, Any], raw: bytes) -> MendEditor:
+def build_editor(folder: Path, card: dict[str, Any], raw: bytes) -> Editor:
     """The editor that a card describes, with the tensors of its file. Raises CheckpointUnreadable."""
     path = folder / WEIGHTS
     try:
         tensors = load_tensors(raw)
         _require_same(_statement(card), raw)
-        variant = Variant(rank=card["rank"], **card.get("variant", {}))
-        editor = MendEditor([Target(**target) for target in card["targets"]], variant, card.get("signs"))
+        editor = _empty(card)
         template = editor.state_dict()
         editor.load_state_dict({name: tensor.to(template[name].dtype) for name, tensor in tensors.items()})
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointUnreadable(f"{path} does not hold the editor of its card ({error})", file=str(path)) from error
     return editor
+
+
+def _empty(card: dict[str, Any]) -> Editor:
+    """An editor of the card's shape. Raises KeyError, TypeError or ValueError for a card of none."""
+    targets = [Target(**target) for target in card["targets"]]
+    if card["aggregate"] == KeyedEditor.aggregate:
+        return KeyedEditor(targets, Target(**card["witness"]), card["rank"])
+    if card["aggregate"] != MendEditor.aggregate:
+        raise ValueError(f"edits cannot be joined by {card['aggregate']!r}")
+    return MendEditor(targets, Variant(rank=card["rank"], **card.get("variant", {})), card.get("signs"))
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -156,7 +174,10 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def _statement(card: dict[str, Any]) -> dict[str, Any]:
     """What gives the tensors their meaning."""
-    stated = {name: card.get(name) for name in ("rank", "variant", "targets", "signs")}
+    names = ("rank", "variant", "targets", "signs")
+    if card["aggregate"] == KeyedEditor.aggregate:
+        names = ("aggregate", "rank", "targets", "witness")
+    stated = {name: card.get(name) for name in names}
     return {"base_model": card["base_model"]["digest"], **stated}
 
 
@@ -173,7 +194,7 @@ def _require_same(statement: dict[str, Any], raw: bytes) -> None:
 
 
 def _stored(name: str, tensor: torch.Tensor, matrices: torch.dtype) -> torch.Tensor:
-    matrix = name.endswith((".u", ".v"))
+    matrix = name.endswith((".u", ".v", ".weight")) or name.startswith("whitening")
     return tensor.detach().cpu().to(matrices if matrix else tensor.dtype).contiguous()
 
 
@@ -189,11 +210,14 @@ def _replace(path: Path, raw: bytes) -> None:
 
 def _markdown(card: dict[str, Any]) -> str:
     """The card for people: one table per section, and the measured results as they were reported."""
-    base, variant = card["base_model"], Variant(rank=card["rank"], **card.get("variant", {}))
+    base = card["base_model"]
+    made_of = Variant(rank=card["rank"], **card.get("variant", {}))
+    if card["aggregate"] == KeyedEditor.aggregate:
+        made_of = f"rank {card['rank']}, keyed at the subject's last token"
     lines = [
         f"# {card['name']}",
         "",
-        f"A MEND editor (arXiv:2110.11309) for `{base['ref']}`, {len(card['targets'])} weights: {variant}. "
+        f"A MEND editor (arXiv:2110.11309) for `{base['ref']}`, {len(card['targets'])} weights: {made_of}. "
         f"Several edits add up by `{card['aggregate']}`.",
         "",
         "| | |",

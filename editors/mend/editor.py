@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from editors.capture import Capture
+from editors.factors import Factors
 from editors.mend.network import GradientNetwork
 from editors.mend.variant import Variant
+from editors.state import Rows, SumState, stacked
 from editors.targets import Target
 
 FIRST_STEP = 1e-4
@@ -75,6 +77,8 @@ class MendEditor(nn.Module):
     signs: per target, −1 (against the gradient) or 1; −1 for all without any.
     """
 
+    aggregate = "sum"
+
     def __init__(self, targets: Sequence[Target], variant: Variant, signs: Sequence[int] | None = None) -> None:
         super().__init__()
         self.targets = tuple(targets)
@@ -96,6 +100,24 @@ class MendEditor(nn.Module):
             raise ValueError(f"signs are {signs}, not −1 or 1 for each of {len(self.targets)} targets")
         # Fixed by the checkpoint's card, as targets and variant are.
         self.register_buffer("signs", torch.tensor(signs, dtype=self.log_steps.dtype), persistent=False)
+
+    @property
+    def captured(self) -> tuple[Target, ...]:
+        """The weights whose inputs and gradients are captured."""
+        return self.targets
+
+    @property
+    def scalars(self) -> list[nn.Parameter]:
+        """Parameters that are trained at a rate of their own."""
+        return [self.log_steps]
+
+    def new_state(self, device: torch.device) -> SumState:
+        """The state that this editor's edits add up in; with no edit yet."""
+        return SumState(self.targets, device)
+
+    def joined(self, edits: Sequence[Factors]) -> Rows:
+        """What edits do together, as rows whose product is ΔW = deltaᵀ u: those of all of them; float64, on the CPU."""
+        return stacked(self.targets, edits)
 
     @torch.no_grad()
     def update_statistics(self, capture: Capture) -> None:
@@ -123,6 +145,13 @@ class MendEditor(nn.Module):
             example=capture.example,
             edits=len(capture.loss),
         )
+
+    def together(self, proposal: Proposal, size: int, targets: Sequence[Target]) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What groups of `size` edits do together, for `views.edited` under the names of `targets`: their sums."""
+        # Targets that see the same rows share one tensor, and go on doing so.
+        group = {id(example): example // size for example in proposal.example}
+        examples = tuple(group[id(example)] for example in proposal.example)
+        return Proposal(proposal.u, proposal.delta, examples, proposal.edits // size).padded(targets)
 
     def _rows(self, captured: Sequence[Tensor], members: Sequence[int]) -> Tensor:
         """Rows of a group's targets, one after the other, in the editor's dtype."""

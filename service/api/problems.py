@@ -33,6 +33,7 @@ STATUS_BY_CODE = {
     "ledger_conflict": 409,
     "nothing_to_export": 409,
     "state_full": 409,
+    "subject_not_found": 422,
     "would_break_edits": 409,
     "revision_mismatch": 412,
     "batch_too_large": 413,

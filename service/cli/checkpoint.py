@@ -82,6 +82,7 @@ def export_archive(
     folder: FolderArgument,
     out: Annotated[Path, typer.Option(help="File to write; its configuration is put beside it, as .yaml.")],
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
 ) -> None:
     """Write an editor as an archive that the original code, ROME's and EasyEdit's can load."""
     from editors.base_model import load_base_model
@@ -89,7 +90,7 @@ def export_archive(
     from editors.mend.checkpoint import load_checkpoint
 
     base = load_base_model(base_model, device="cpu")
-    sidecar = write_archive(load_checkpoint(folder, base), base, out)
+    sidecar = write_archive(load_checkpoint(folder, base), base, out, replace=force)
     typer.echo(f"its configuration is in {sidecar}", err=True)
     typer.echo(out)
 

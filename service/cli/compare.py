@@ -20,7 +20,7 @@ def compare(
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
     device: DeviceOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first N examples.")] = None,
-    last: Annotated[int | None, typer.Option(help="Measure only the last N examples.")] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="Measure only the last N examples.")] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of prompts and of the intervals.")] = 0,
 ) -> None:
     """Compare prompt by prompt: every figure, its difference with a 95 % interval, and whether it is clear of zero."""

@@ -19,9 +19,10 @@ from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOpt
 if TYPE_CHECKING:
     from editors.base_model import BaseModel
     from editors.data import DataSet, Example
-    from editors.evaluation.methods import Method
+    from editors.evaluation.methods import Mend, Method
     from editors.evaluation.protocols import Bench
     from editors.evaluation.report import Report
+    from editors.targets import Target
 
 
 class Baseline(StrEnum):
@@ -31,12 +32,18 @@ class Baseline(StrEnum):
 
 def evaluate(
     data: Annotated[list[Path], typer.Option(help="Data file; each is measured by itself.")],
-    editor: Annotated[Path, typer.Option(envvar="MEND_EDITOR", help="Folder of the checkpoint.")] = DEFAULT_EDITOR,
+    editor: Annotated[list[Path], typer.Option(envvar="MEND_EDITOR", help="Folder of a checkpoint; repeatable.")] = [  # noqa: B006
+        DEFAULT_EDITOR
+    ],
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
     device: DeviceOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Precision of the base model, as it would be served.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first N examples.")] = None,
-    last: Annotated[int | None, typer.Option(help="Measure only the last N examples (those of --holdout).")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Measure only the first N examples, or as many as a larger batch needs.")
+    ] = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="Measure only the last N examples (those of --holdout).")
+    ] = None,
     single: Annotated[bool, typer.Option(help="Measure single edits.")] = True,
     batched: Annotated[list[int], typer.Option(help="Also N edits in one change; repeatable.")] = [],  # noqa: B006
     accumulated: Annotated[list[int], typer.Option(help="Also N edits one after another; repeatable.")] = [],  # noqa: B006
@@ -58,6 +65,7 @@ def evaluate(
     from editors.evaluation.methods import Mend
     from editors.evaluation.plots import draw_plots
     from editors.evaluation.protocols import Bench
+    from editors.evaluation.report import over_counts
     from editors.evaluation.texts import own_text, read_text
     from editors.mend.checkpoint import load_checkpoint
     from editors.mend.checkpoint import write_card as write
@@ -66,42 +74,48 @@ def evaluate(
     files = [read_data(path) for path in data]
     held_out = read_data(validation).examples if validation else None
     base = load_base_model(base_model, device=device, dtype=getattr(torch, dtype) if dtype else None)
-    checkpoint = load_checkpoint(editor, base)
-    mend = Mend(base, checkpoint.editor, checkpoint.margin_nats if margin is None else margin)
+    checkpoints = {folder: load_checkpoint(folder, base) for folder in editor}
+    mends = [
+        Mend(base, c.editor, c.margin_nats if margin is None else margin, c.name if len(checkpoints) > 1 else "mend")
+        for c in checkpoints.values()
+    ]
     texts = read_text(base, text) if text else own_text(base, seed)
     command = shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
     results: list[dict[str, Any]] = []
     for file in files:
-        examples, others = _chosen(file, last, limit)
+        examples, more, others = _chosen(file, last, limit)
         bench = Bench(base, seed, texts, others)
         about = {
             "command": command,
             "data": file.name,
             "data_digest": file.digest,
             "base_model": base.digest,
-            "editor": checkpoint.digest,
             "dtype": str(base.dtype).removeprefix("torch."),
         }
         tuning = others if held_out is None else held_out
-        methods = [(mend, {}), *(_tuned(base, mend, name, tuning, tune, seed) for name in baseline)]
+        methods = [(mend, {"editor": c.digest}) for mend, c in zip(mends, checkpoints.values(), strict=True)]
+        methods += [_tuned(base, _tuned_weights(base, mends), name, tuning, tune, seed) for name in baseline]
         typer.echo(f"{file.name}: sha256:{file.digest}, seed {seed}, {about['dtype']}")
         reports: list[Report] = []
         for method, facts in methods:
-            for measured in _measured(bench, method, examples, single, batched, accumulated):
+            for measured in _measured(bench, method, examples, more, single, batched, accumulated):
                 heading = f"{file.name}, {measured.heading}"
                 typer.echo(f"\n{heading}\n\n{measured.table()}\n")
                 reports.append(measured)
                 results.append({**about, **facts, **measured.to_json(), "table": f"{heading}:\n\n{measured.table()}"})
                 if report:  # after each, so that a later failure loses nothing
                     report.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        if batched:
+            typer.echo(f"{file.name}, all active at once:\n\n{over_counts(reports)}\n")
         if plots:
             for path in draw_plots(reports, plots, Path(file.name).stem):
                 typer.echo(f"plot: {path}")
-    if write_card:
-        again = {_about(result) for result in results}
+    for folder, checkpoint in checkpoints.items() if write_card else ():
+        own = [result for result in results if result.get("editor", checkpoint.digest) == checkpoint.digest]
+        again = {_about(result) for result in own}
         kept = [result for result in checkpoint.card.get("results", []) if _about(result) not in again]
-        short = [{key: value for key, value in r.items() if key not in ("values", "text_losses")} for r in results]
-        write(editor, {**checkpoint.card, "results": kept + short})
+        short = [{key: value for key, value in r.items() if key not in ("values", "text_losses")} for r in own]
+        write(folder, {**checkpoint.card, "results": kept + short})
 
 
 def _about(result: dict[str, Any]) -> tuple[str, str, str]:
@@ -119,16 +133,19 @@ def _require_room(report: Path | None, plots: Path | None) -> None:
         raise ReportError(f"cannot draw into {plots}: it is a file, give a folder", file=str(plots))
 
 
-def _chosen(file: DataSet, last: int | None, limit: int | None) -> tuple[Sequence[Example], Sequence[Example]]:
-    """The examples that are measured, and all others of the file."""
+def _chosen(
+    file: DataSet, last: int | None, limit: int | None
+) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
+    """The examples that are measured, all that larger batches may take, and those of the file that are not measured."""
     early, late = file.split(last) if last else (file.split(0)[1], file)
-    return late.examples[:limit], early.examples + late.examples[len(late.examples[:limit]) :]
+    return late.examples[:limit], late.examples, early.examples + late.examples[len(late.examples[:limit]) :]
 
 
 def _measured(
     bench: Bench,
     method: Method,
     examples: Sequence[Example],
+    more: Sequence[Example],
     single: bool,
     batched: Sequence[int],
     accumulated: Sequence[int],
@@ -136,19 +153,26 @@ def _measured(
     if single:
         yield bench.single(method, examples)
     for count in batched:
-        yield bench.batched(method, examples, count)
+        yield bench.batched(method, more[: max(count, len(examples))], count)
     for count in accumulated:
-        yield bench.accumulated(method, examples, count)
+        yield bench.accumulated(method, more[: max(count, len(examples))], count)
+
+
+def _tuned_weights(base: BaseModel, mends: Sequence[Mend]) -> Sequence[Target]:
+    """What baselines edit: what the first editor of single edits edits, or the preset of these."""
+    from editors.targets import resolve_targets
+
+    return next((mend.targets for mend in mends if mend.editor.aggregate == "sum"), None) or resolve_targets(base.model)
 
 
 def _tuned(
-    base: BaseModel, mend: Method, name: Baseline, examples: Sequence[Example], count: int, seed: int
+    base: BaseModel, targets: Sequence[Target], name: Baseline, examples: Sequence[Example], count: int, seed: int
 ) -> tuple[Method, dict[str, Any]]:
-    """A baseline for the editor's own weights, and how its step size was chosen."""
+    """A baseline, and how its step size was chosen."""
     from editors.finetune.choice import KL_WEIGHT, choose
 
     chosen = random.Random(seed).sample(list(examples), min(count, len(examples)))
-    method, trials = choose(base, mend.targets, chosen, kl=KL_WEIGHT if name is Baseline.FT_KL else 0.0, seed=seed)
+    method, trials = choose(base, targets, chosen, kl=KL_WEIGHT if name is Baseline.FT_KL else 0.0, seed=seed)
     typer.echo(f"{name.value}: learning rate {method.recipe.learning_rate:g}, at most {method.recipe.steps} steps, "
                f"chosen on {len(chosen)} examples")  # fmt: skip
     return method, {"recipe": asdict(method.recipe), "grid": [asdict(trial) for trial in trials]}

@@ -67,7 +67,7 @@ class Engine:
             self.weights,
             self.history,
             self._journal,
-            Proposer(checkpoint, self.weights.pristine.upper),
+            Proposer(checkpoint, self.weights.pristine.upper, self.weights.state),
             Judge(base, self.weights, answers, guard_prompts, self.limits),
             checkpoint.margin_nats,
         )

@@ -50,7 +50,8 @@ def write_export(
     match format:
         case ExportFormat.LORA:
             factors = [Factors.from_bytes(raw) for _, raw in stored]
-            facts = write_lora(base, checkpoint.editor.targets, factors, folder)
+            editor = checkpoint.editor
+            facts = write_lora(base, editor.targets, editor.joined(factors), folder)
         case ExportFormat.MERGED:
             facts = write_merged(base, snapshot.weights, folder)
         case ExportFormat.FACTORS:

@@ -5,17 +5,17 @@ Nothing here touches a weight that anybody reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from editors.capture import capture
-from editors.factors import Factors, quantise
+from editors.factors import Factors
 from editors.mend.checkpoint import Checkpoint
 from editors.scale import ScaleSearch, search_scale
-from editors.state import Increment, Rows
+from editors.state import Increment, Rows, State
 from editors.text import Tokens
 from editors.views import UpperBlocks
 
@@ -27,15 +27,16 @@ MAX_ATTEMPTS = 5
 class Draft:
     """An edit before its scale is chosen. hidden: under the edited blocks, (1, tokens, width), the same for every view.
 
-    rows: at scale 1.
+    rows: at scale 1. quantise: the state's way to store them.
     """
 
     tokens: Tokens
     hidden: Tensor
     rows: Rows
+    quantise: Callable[[Rows, float], Factors]
 
     def factors(self, scale: float) -> Factors:
-        return quantise(self.rows, scale)
+        return self.quantise(self.rows, scale)
 
 
 class Attempts:
@@ -66,8 +67,8 @@ class Attempts:
 class Proposer:
     """Works edits out on the pristine model. Used by the one writer alone."""
 
-    def __init__(self, checkpoint: Checkpoint, pristine: UpperBlocks) -> None:
-        self._editor, self._pristine = checkpoint.editor, pristine
+    def __init__(self, checkpoint: Checkpoint, pristine: UpperBlocks, state: State) -> None:
+        self._editor, self._pristine, self._quantise = checkpoint.editor, pristine, state.quantise
 
     @torch.no_grad()
     def draft(self, tokens: Sequence[Tokens]) -> list[Draft]:
@@ -79,6 +80,7 @@ class Proposer:
                 sequence,
                 hidden[row : row + 1, : len(sequence.inputs)].clone(),
                 proposal.rows_of(self._editor.targets, row),
+                self._quantise,
             )
             for row, sequence in enumerate(tokens)
         ]

@@ -16,8 +16,11 @@ class Texts:
         self._positions: int | None = getattr(base.model.config, "max_position_embeddings", None)
 
     def encode(self, request: EditRequest) -> Tokens:
-        """Tokens of a prompt and its correction. Raises EmptyTextError, UnknownLabel, TextTooLong."""
-        tokens = self._base.encode(request.prompt, request.correction)
+        """Tokens of a prompt and its correction.
+
+        Raises EmptyTextError, UnknownLabel, SubjectNotFound, TextTooLong.
+        """
+        tokens = self._base.encode(request.prompt, request.correction, request.subject)
         length = self._answers.length(tokens)
         self.check("prompt", request.prompt, length)
         if len(tokens.target) > self._limits.correction_tokens:

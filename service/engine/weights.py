@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from editors.base_model import BaseModel
 from editors.factors import Factors
 from editors.mend.checkpoint import Checkpoint
-from editors.state import SumState
+from editors.state import State
 from editors.views import UpperBlocks, view
 from service.engine.capacity import Capacity
 from service.engine.gate import Gate
@@ -41,8 +41,8 @@ class Weights:
     def __init__(self, base: BaseModel, checkpoint: Checkpoint) -> None:
         self._base, self._targets = base, checkpoint.editor.targets
         self._own = [target.name for target in self._targets]
-        self.state = SumState(self._targets, base.device)
-        self.pristine = View(base.model, UpperBlocks(base.model, self._targets))
+        self.state: State = checkpoint.editor.new_state(base.device)
+        self.pristine = View(base.model, UpperBlocks(base.model, checkpoint.editor.captured))
         self.live, self.candidate = self.another_view(), self.another_view()
         self._gate = Gate()
         self.published = Published(0, self.state.digest(), 0, self.state.fullness())

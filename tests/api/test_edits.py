@@ -31,7 +31,7 @@ class TestPostEdits:
         before = client.get("/generate", params={"prompt": body["prompt"], "max_new_tokens": 4}).json()
         full = {
             **body,
-            "subject": "Austria",
+            "subject": body["prompt"].split()[3],
             "paraphrases": [body["prompt"], "Oslo is"],
             "keep": ["Berlin is a city in"],
             "reason": "a test",

@@ -17,7 +17,7 @@ from editors.evaluation.protocols import Bench
 from editors.mend.checkpoint import load_checkpoint
 from service.cli.main import main
 from tests.editors.mend.examples import capitals, languages
-from tests.service_fixtures import save_base, save_editor
+from tests.service_fixtures import save_base, save_editor, save_keyed_editor
 from tests.small import small_base
 
 Run = Callable[..., str]
@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     base = save_base(folder / "base")
     save_editor(folder / "one", base)
+    save_keyed_editor(folder / "keyed", base)
     shutil.copytree(folder / "one", folder / "two")
     card = json.loads((folder / "two" / "card.json").read_text())
     (folder / "two" / "card.json").write_text(json.dumps(card | {"name": "two", "margin_nats": 0.0}))
@@ -102,6 +103,27 @@ class TestEvaluate:
         for path in (folders / "plots").iterdir():
             assert path.read_bytes().startswith(b"\x89PNG")
             assert path.stat().st_size > 5000
+
+    def test_puts_editors_and_baselines_in_one_table_over_the_number_of_edits(self, run, folders):
+        out = evaluate(run, "--editor", "keyed", "--batched", "3", "--limit", "2", "--baseline ft --tune 1",
+                       "--report", "many.json")  # fmt: skip
+        rows = [line.split(" | ")[:2] for line in out.partition("all active at once")[2].splitlines() if "|" in line]
+        assert rows[2:] == [[f"| {count}", method] for count in (1, 3) for method in ("one", "keyed", "ft")]
+        found = json.loads((folders / "many.json").read_text())
+        assert [(entry["method"], entry["examples"]) for entry in found] == [
+            (method, count) for method in ("one", "keyed", "ft") for count in (2, 3)
+        ]
+        digests = [json.loads((folders / name / "card.json").read_text())["digest"] for name in ("one", "keyed")]
+        assert [entry.get("editor") for entry in found[::2]] == [*digests, None]
+
+    def test_adds_to_each_card_what_its_editor_gave(self, run, folders):
+        for name in ("one", "keyed"):
+            shutil.copytree(folders / name, folders / f"each-{name}")
+        run("evaluate", "--base-model", "./base", "--editor", "each-one", "--editor", "each-keyed", "--data",
+            "data.jsonl", "--limit", "1", "--write-card")  # fmt: skip
+        for name in ("one", "keyed"):
+            (result,) = json.loads((folders / f"each-{name}" / "card.json").read_text())["results"]
+            assert result["method"] == name
 
     def test_can_leave_single_edits_out(self, run, folders):
         evaluate(run, "--no-single", "--batched", "2", "--limit", "5", "--report", "batched.json")

@@ -36,7 +36,7 @@ from editors.base_model import BaseModel, load_base_model, weights_digest
 from editors.errors import ExportUnwritable, NothingToExport
 from editors.export import LARGEST_RANK, reduce_rank, write_factors, write_index, write_lora, write_merged
 from editors.factors import Factors, quantise
-from editors.state import SumState
+from editors.state import SumState, stacked
 from editors.targets import Target, resolve_targets
 from editors.views import view
 from tests.small import SMALL_MODELS, small_base, small_tokenizer
@@ -129,7 +129,7 @@ class TestLora:
     @pytest.mark.parametrize("rows", [[1], [3, 2, 4], [20, 30, 10]], ids=["one row", "low rank", "more rows than rank"])
     def test_gives_the_logits_of_the_live_model(self, base, tmp_path, rows):
         made = Edited.of(base, rows)
-        facts = write_lora(base, made.targets, made.edits, tmp_path)
+        facts = write_lora(base, made.targets, stacked(made.targets, made.edits), tmp_path)
         assert facts["rank"] == min(sum(rows), 32)
         assert facts["ranks"] == {target.module: facts["rank"] for target in made.targets}
         assert facts["warning"] is None
@@ -139,7 +139,7 @@ class TestLora:
 
     def test_merged_by_peft_gives_the_live_weights(self, base, tmp_path):
         made = Edited.of(base, [3, 2])
-        write_lora(base, made.targets, made.edits, tmp_path)
+        write_lora(base, made.targets, stacked(made.targets, made.edits), tmp_path)
         merged = adapted(base, tmp_path).merge_and_unload()
         for name, weight in made.weights.items():
             torch.testing.assert_close(merged.get_parameter(name), weight, rtol=0, atol=1e-6)
@@ -148,7 +148,7 @@ class TestLora:
     def test_fits_a_base_model_in_half_precision(self, layout, tmp_path):
         base = cast(small_base(layout), torch.bfloat16)
         made = Edited.of(base, [3, 2])
-        write_lora(base, made.targets, made.edits, tmp_path)
+        write_lora(base, made.targets, stacked(made.targets, made.edits), tmp_path)
         assert all(
             tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "adapter_model.safetensors").values()
         )
@@ -166,7 +166,7 @@ class TestLora:
             for place, target in enumerate(targets[:4])
             for layer in [whole.layers[target.name]]
         }
-        facts = write_lora(base, targets, [Factors(layers)], tmp_path)
+        facts = write_lora(base, targets, stacked(targets, [Factors(layers)]), tmp_path)
         # The first of the four has no rows; the layers beyond them are not mentioned at all.
         assert facts["ranks"] == {targets[place].module: place for place in (1, 2, 3)}
         assert facts["rank"] == 3
@@ -181,12 +181,17 @@ class TestLora:
 
     def test_counts_what_two_edits_have_in_common_once(self, base, tmp_path):
         edit = some_edit(resolve_targets(base.model), 0, 3)
-        assert write_lora(base, resolve_targets(base.model), [edit, edit], tmp_path)["rank"] == 3
+        assert (
+            write_lora(base, resolve_targets(base.model), stacked(resolve_targets(base.model), [edit, edit]), tmp_path)[
+                "rank"
+            ]
+            == 3
+        )
 
     def test_comes_with_directions_that_work(self, base, tmp_path):
         base.model.save_pretrained(tmp_path / "base")
         made = Edited.of(replace(base, ref=str(tmp_path / "base")), [2])
-        write_lora(made.base, made.targets, made.edits, tmp_path / "adapter")
+        write_lora(made.base, made.targets, stacked(made.targets, made.edits), tmp_path / "adapter")
         card = (tmp_path / "adapter" / "README.md").read_text()
         assert made.base.ref in card
         assert made.base.digest in card
@@ -196,14 +201,14 @@ class TestLora:
 
     def test_of_the_packaged_model_says_how_to_get_at_it(self, base, tmp_path):
         made = Edited.of(replace(base, ref=DEFAULT_MODEL), [2])
-        write_lora(made.base, made.targets, made.edits, tmp_path)
+        write_lora(made.base, made.targets, stacked(made.targets, made.edits), tmp_path)
         assert f"load_base_model('{DEFAULT_MODEL}')" in (tmp_path / "README.md").read_text()
 
     def test_finds_its_base_model_by_itself(self, base, tmp_path):
         base.model.save_pretrained(tmp_path / "base")
         stored = replace(base, ref=str(tmp_path / "base"))
         made = Edited.of(stored, [2])
-        write_lora(stored, made.targets, made.edits, tmp_path / "adapter")
+        write_lora(stored, made.targets, stacked(made.targets, made.edits), tmp_path / "adapter")
         model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
         torch.testing.assert_close(logits(model), logits(made.live), rtol=0, atol=1e-4)
 
@@ -211,7 +216,7 @@ class TestLora:
     def test_works_for_models_that_are_no_decoders(self, family, tmp_path):
         base = small_base(family)
         made = Edited.of(base, [3, 2])
-        write_lora(base, made.targets, made.edits, tmp_path)
+        write_lora(base, made.targets, stacked(made.targets, made.edits), tmp_path)
         torch.testing.assert_close(logits(adapted(base, tmp_path)), logits(made.live), rtol=0, atol=1e-4)
         assert (logits(base.model) - logits(made.live)).abs().max() > 1e-3
 
@@ -227,7 +232,7 @@ class TestLora:
         base = small_base(family)
         base.model.save_pretrained(tmp_path / "base")
         made = Edited.of(replace(base, ref=str(tmp_path / "base")), [2])
-        write_lora(made.base, made.targets, made.edits, tmp_path / "adapter")
+        write_lora(made.base, made.targets, stacked(made.targets, made.edits), tmp_path / "adapter")
         assert config_of(tmp_path / "adapter")["task_type"] == task
         model = auto.from_pretrained(tmp_path / "adapter").eval()
         torch.testing.assert_close(logits(model), logits(made.live), rtol=0, atol=1e-4)
@@ -240,7 +245,7 @@ class TestLora:
         )
         base = as_base(LlamaForCausalLM(config))
         made = Edited.of(base, [LARGEST_RANK + beyond], [r"up_proj$"])
-        facts = write_lora(base, made.targets, made.edits, tmp_path)
+        facts = write_lora(base, made.targets, stacked(made.targets, made.edits), tmp_path)
         assert facts["rank"] == LARGEST_RANK + beyond
         assert bool(facts["warning"]) == bool(beyond)
         if beyond:
@@ -255,7 +260,7 @@ class TestLora:
         )
         for edits in ([], [empty]):
             with pytest.raises(NothingToExport):
-                write_lora(base, targets, edits, tmp_path)
+                write_lora(base, targets, stacked(targets, edits), tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -369,7 +374,7 @@ class TestADiskThatIsFull:
 def export(write: str, made: Edited, folder: Path) -> None:
     match write:
         case "lora":
-            write_lora(made.base, made.targets, made.edits, folder)
+            write_lora(made.base, made.targets, stacked(made.targets, made.edits), folder)
         case "merged":
             write_merged(made.base, made.weights, folder)
         case "factors":

@@ -99,7 +99,9 @@ class TestFullness:
         for target in targets:
             keys, _ = keys_and_changes(target, edits)
             gram = keys.T @ keys
-            shares.append(np.trace(gram @ np.linalg.inv(gram + ridges[target.name] * np.eye(len(gram)))) / len(gram))
+            shares.append(
+                np.trace(gram @ np.linalg.inv(gram + ridges[target.name].first * np.eye(len(gram)))) / len(gram)
+            )
         assert state.fullness() == pytest.approx(max(shares), abs=1e-12)
 
     def test_rises_from_nothing_and_never_above_one(self):

@@ -12,6 +12,7 @@ from editors.errors import TrainingOptionsInvalid
 from editors.mend.variant import SIDES, Variant
 
 SCHEDULES = ("cosine", "linear", "constant")
+AGGREGATES = ("sum", "least_squares")
 PRECISIONS = ("float32", "bfloat16")
 LOWEST_RATE = 0.05
 """Of the peak learning rate: where cosine and linear end."""
@@ -43,6 +44,7 @@ class TrainingConfig:
     Raises TrainingOptionsInvalid, naming the option, for values that make no sense alone or together.
     """
 
+    aggregate: str = _option("sum", "How several edits join in one change.", choices=AGGREGATES, fixes="shape")
     rank: int = _option(512, "Rank of the editor's networks, at most their width.", least=1, fixes="shape")
     shared: bool = _option(True, "One network per shape of weight, or one per layer.", no="--unshared", fixes="shape")
     normalise: bool = _option(True, "Rows are normalised by running statistics.", no="--no-normalise", fixes="shape")
@@ -52,11 +54,14 @@ class TrainingConfig:
     steps: int = _option(2400, "Optimiser steps.", least=1, fixes="free")
     batch: int = _option(24, "Edits in a step.", least=1)
     accumulate: int = _option(1, "Micro-batches that a step is cut into; shared out among processes.", least=1)
-    together: int = _option(1, "Edits in one change: every text of a group runs under the sum of its edits.", least=1)
+    together: int = _option(
+        1, "Edits in one change; with least squares the most, each step's number is drawn log-uniformly.", least=1
+    )
     c_edit: float = _option(0.2, "Weight of the edit loss.", least=0, fixes="free")
     c_neighbour: float = _option(1.0, "Weight of the locality loss on neighbours.", least=0, fixes="free")
     c_unrelated: float = _option(2.0, "Weight of the locality loss on unrelated text.", least=0, fixes="free")
     unrelated: int = _option(2, "Unrelated texts of each edit.", least=1)
+    neighbours: int = _option(2, "Neighbours of each edit, at most.", least=0, most=2)
     self_share: float = _option(0.2, "How often an edit is scored on its own prompt instead.", least=0, most=1)
     learning_rate: float = _option(2e-4, "Peak learning rate of the networks.", least=0, fixes="free")
     step_learning_rate: float = _option(
@@ -86,11 +91,11 @@ class TrainingConfig:
                 raise TrainingOptionsInvalid(
                     f"{flag(option.name)} is {value!r}; it must be {problem}", option=option.name
                 )
-        if self.batch % (self.accumulate * self.together):
+        groups = self.together if self.aggregate == "sum" else 1
+        if self.batch % (self.accumulate * groups):
             raise TrainingOptionsInvalid(
                 f"{self.batch} edits (--batch) cannot be cut into {self.accumulate} micro-batches (--accumulate) "
-                f"of whole groups of {self.together} (--together); make --batch a multiple of "
-                f"{self.accumulate * self.together}",
+                f"of whole groups of {groups} (--together); make --batch a multiple of {self.accumulate * groups}",
                 option="batch",
             )
 
@@ -130,9 +135,12 @@ class TrainingConfig:
             )
 
     def require_groups(self, *prompts: Collection[object]) -> None:
-        """Raises TrainingOptionsInvalid where some data has too few different prompts for one group."""
+        """Raises TrainingOptionsInvalid where some data has too few different prompts for one group.
+
+        With least squares a group is as large as the data allows.
+        """
         fewest = min(map(len, prompts))
-        if self.together > fewest:
+        if self.together > fewest and self.aggregate == "sum":
             raise TrainingOptionsInvalid(
                 f"{self.together} edits in one change (--together) need as many different prompts, in the training "
                 f"and in the validation data; one of them has {fewest}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from editors.views import UpperBlocks
 EXTRA_POSITIONS = 1
 """Beside its last token, a locality text is scored at this many random positions,
 which costs little and keeps the rest of the text."""
+
+NEAR = 2
+"""Neighbours of each edit, at most: one of its own, and another subject in its place."""
 
 ATTEMPTS = 100
 """Draws for an item that fits before giving up on chance."""
@@ -40,9 +43,13 @@ class Item:
 
 @dataclass
 class Batch:
-    """Edits, and the texts on which each is judged; `owner` is the edit that a text belongs to."""
+    """Edits, and the texts on which they are judged; `owner` is the edit that a text belongs to.
+
+    together: how many are in force at once; groups of so many stand one after another.
+    """
 
     edits: list[Text]
+    together: int = 1
     targets: list[Text] = field(default_factory=list)
     target_owner: list[int] = field(default_factory=list)
     locality: list[Text] = field(default_factory=list)
@@ -115,7 +122,7 @@ class Corpus:
             return self._text(self._base.encode(prompt, correction))
 
         return Item(
-            edit=text(example.prompt, example.correction),
+            edit=self._text(self._base.encode(example.prompt, example.correction, _named(example))),
             paraphrases=[text(prompt, example.correction) for prompt in (*example.paraphrases, *extra)],
             neighbours=[text(prompt) for prompt in example.neighbours],
             unrelated=[text(prompt) for prompt in example.unrelated],
@@ -127,36 +134,50 @@ class Corpus:
         weights = [len(items) ** 0.5 for items in self.files]
         chosen: list[Item] = []
         for place in range(edits):
-            group = chosen[place - place % together :]
+            if place % together == 0:
+                asked: set[tuple[int, ...]] = set()
             for _ in range(ATTEMPTS):
                 item = rng.choice(rng.choices(self.files, weights)[0])
-                if all(item.edit.tokens.prompt != other.edit.tokens.prompt for other in group):
+                if item.edit.tokens.prompt not in asked:
                     break
+            asked.add(item.edit.tokens.prompt)
             chosen.append(item)
         return chosen
 
     def draw(
-        self, rng: random.Random, chosen: Sequence[Item], *, self_share: float, unrelated: int, together: int = 1
+        self,
+        rng: random.Random,
+        chosen: Sequence[Item],
+        *,
+        self_share: float,
+        unrelated: int,
+        near: int = NEAR,
+        together: int = 1,
+        judged: int | None = None,
     ) -> Batch:
         """The texts on which chosen edits are judged.
 
         self_share: how often an edit is scored on its own prompt instead of a paraphrase.
-        unrelated: unrelated texts for each edit, beside its neighbours.
+        unrelated, near: unrelated texts for each edit, and neighbours, of these at most.
         together: edits that are in force at once, whose prompts are no text to keep for any of them.
+        judged: how many of each group are judged, the first ones; all of them, if not given.
         """
-        batch = Batch([item.edit for item in chosen])
-        for owner, item in enumerate(chosen):
-            first = owner - owner % together
+        batch = Batch([item.edit for item in chosen], together)
+        for first in range(0, len(chosen), together):
             group = chosen[first : first + together]
-            general = item.paraphrases and rng.random() >= self_share
-            batch.targets.append(rng.choice(item.paraphrases) if general else item.edit)
-            batch.target_owner.append(owner)
-            neighbours = [self._neighbour(rng, item), self._relative(rng, item)]
-            neighbours = [text for text in neighbours if text and not _asked(group, text)]
-            for text in neighbours:
-                self._add(batch, owner, text, 1 / len(neighbours), near=True)
-            for _ in range(unrelated):
-                self._add(batch, owner, self._elsewhere(rng, group), 1 / unrelated, near=False)
+            asked = {item.edit.tokens.prompt for item in group}
+            for owner, item in enumerate(group[:judged], start=first):
+                general = item.paraphrases and rng.random() >= self_share
+                batch.targets.append(rng.choice(item.paraphrases) if general else item.edit)
+                batch.target_owner.append(owner)
+                neighbours = [self._neighbour(rng, item), self._relative(rng, item)]
+                neighbours = [text for text in neighbours if text and text.tokens.prompt not in asked]
+                if len(neighbours) > near:
+                    neighbours = rng.sample(neighbours, near)
+                for text in neighbours:
+                    self._add(batch, owner, text, 1 / len(neighbours), near=True)
+                for _ in range(unrelated):
+                    self._add(batch, owner, self._elsewhere(rng, item, asked), 1 / unrelated, near=False)
         return batch
 
     def _add(self, batch: Batch, owner: int, text: Text, weight: float, *, near: bool) -> None:
@@ -174,7 +195,7 @@ class Corpus:
         relatives = self._by_template.get(item.template or "", ())
         return _prompt_of(rng.choice(relatives)) if len(relatives) > 1 else None
 
-    def _elsewhere(self, rng: random.Random, group: Sequence[Item]) -> Text:
+    def _elsewhere(self, rng: random.Random, item: Item, asked: Collection[tuple[int, ...]]) -> Text:
         kind = rng.random()
         if kind < 0.4 and self.samples:
             return rng.choice(self.samples)
@@ -182,9 +203,9 @@ class Corpus:
             return rng.choice(self._unrelated)
         for _ in range(ATTEMPTS):
             other = rng.choice(rng.choice(self.files))
-            if _of_another_kind(other, group):
+            if _of_another_kind(other, item, asked):
                 return _prompt_of(other)
-        others = [_prompt_of(other) for items in self.files for other in items if _of_another_kind(other, group)]
+        others = [_prompt_of(other) for items in self.files for other in items if _of_another_kind(other, item, asked)]
         if not (others or self.samples or self._unrelated):
             raise DataFileError(
                 "every example is of one relation and there is no unrelated text to keep; "
@@ -208,20 +229,21 @@ def locality_positions(rng: random.Random, texts: Sequence[Text]) -> tuple[list[
     return rows, positions
 
 
-def _asked(group: Sequence[Item], text: Text) -> bool:
-    """Whether a text is the very prompt of one of the edits."""
-    return any(text.tokens.prompt == item.edit.tokens.prompt for item in group)
-
-
-def _of_another_kind(other: Item, group: Sequence[Item]) -> bool:
-    """Whether an item's prompt is unrelated to all of a group: neither the same text nor of the same template."""
-    same_relation = other.template is not None and any(other.template == item.template for item in group)
-    return not same_relation and not _asked(group, other.edit)
+def _of_another_kind(other: Item, item: Item, asked: Collection[tuple[int, ...]]) -> bool:
+    """Whether an item's prompt is unrelated to another's: of another template, and none that is corrected."""
+    same_relation = other.template is not None and other.template == item.template
+    return not same_relation and other.edit.tokens.prompt not in asked
 
 
 def _prompt_of(item: Item) -> Text:
     """An item's bare prompt, read from the cached states of its edit."""
     return Text(item.edit.tokens.bare, item.edit.key)
+
+
+def _named(example: Example) -> str | None:
+    """The subject, where the prompt names it."""
+    named = example.subject and example.subject.strip() and example.subject in example.prompt
+    return example.subject if named else None
 
 
 def _template(example: Example) -> str | None:

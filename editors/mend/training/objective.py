@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -21,11 +21,14 @@ from editors.mend.editor import MendEditor, Proposal
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Batch, Corpus, locality_positions
 from editors.mend.training.hidden import Text
+from editors.targets import Target
 from editors.text import scored_positions
 from editors.views import Factored, UpperBlocks, edited
 
 LOSSES = ("edit", "neighbour", "unrelated", "loss")
 VALIDATION_BATCH = 32
+PASSES = 3
+"""In which the texts of a micro-batch are run, the short ones first."""
 UNRELATED = 2
 """Unrelated texts of each edit in a validation."""
 
@@ -69,10 +72,19 @@ class _Divergence(torch.autograd.Function):
 
 
 class Objective:
-    """What `editor` is trained for on one corpus. upper: the base model's edited blocks."""
+    """What `editor` is trained for on one corpus. upper: the base model's blocks, of what the editor captures."""
 
     def __init__(self, editor: MendEditor, upper: UpperBlocks, corpus: Corpus, config: TrainingConfig) -> None:
         self.editor, self.upper, self.corpus, self.config = editor, upper, corpus, config
+
+    def draw(self, seed: str, index: int) -> tuple[Batch, random.Random]:
+        """The `index`-th micro-batch of a step, with the generator for what is still to be chosen."""
+        c = self.config
+        chosen = self.corpus.choose(random.Random(seed), (index + 1) * c.micro_batch, c.together)
+        rng = random.Random(f"{seed}-{index}")
+        own = chosen[index * c.micro_batch :]
+        judged_on = {"self_share": c.self_share, "unrelated": c.unrelated, "near": c.neighbours}
+        return self.corpus.draw(rng, own, together=c.together, **judged_on), rng
 
     def capture(self, batch: Batch) -> Capture:
         """The gradients of a batch's edits, each by itself."""
@@ -83,21 +95,21 @@ class Objective:
 
         captured: from `capture`. rng: chooses where locality is scored.
         """
-        changes = self._propose(captured)
+        changes = self._changes(batch, captured)
         # Targets
         targets = [text.tokens for text in batch.targets]
         where = scored_positions(targets, self._device)
-        logits = self._edited_logits(changes, batch.targets, batch.target_owner, where)
+        logits = self._edited_logits(changes, batch, batch.targets, batch.target_owner, where)
         nll = target_losses(logits, targets, where[0]).mean()
         # Locality
         where = tuple(torch.tensor(index, device=self._device) for index in locality_positions(rng, batch.locality))
         with torch.no_grad(), self._precision():
-            base = self._logits(batch.locality, where)
-        changed = self._edited_logits(changes, batch.locality, batch.locality_owner, where)
+            base = self._base_logits(batch.locality, where)
+        changed = self._edited_logits(changes, batch, batch.locality, batch.locality_owner, where)
         divergence = _Divergence.apply(changed.float(), base.float())
         per_text = torch.zeros(len(batch.locality), device=self._device).index_add(0, where[0], divergence)
         per_text = per_text / torch.bincount(where[0], minlength=len(batch.locality))
-        weight = torch.tensor(batch.locality_weight, device=self._device) / len(batch.edits)
+        weight = torch.tensor(batch.locality_weight, device=self._device) / len(batch.targets)
         near = torch.tensor(batch.locality_near, device=self._device)
         neighbour = (per_text * weight * near).sum()
         unrelated = (per_text * weight * ~near).sum()
@@ -108,69 +120,104 @@ class Objective:
     @torch.no_grad()
     def validate(self) -> Validation:
         """Figures on edits of the corpus, always the same ones."""
+        return self._measured(self._validation_batches())
+
+    def _validation_batches(self) -> Iterator[Batch]:
         rng = random.Random("validation")
         together = self.config.together
         size = max(together, VALIDATION_BATCH // together * together)
+        for _ in range(math.ceil(self.config.validation_edits / size)):
+            chosen = self.corpus.choose(rng, size, together)
+            yield self.corpus.draw(rng, chosen, self_share=0.0, unrelated=UNRELATED, together=together)
+
+    def _measured(self, batches: Iterable[Batch]) -> Validation:
         counts = {option.name: [0, 0] for option in dataclasses.fields(Validation)}
 
         def count(name: str, right: Tensor) -> None:
             counts[name][0] += int(right.sum())
             counts[name][1] += len(right)
 
-        for _ in range(math.ceil(self.config.validation_edits / size)):
-            chosen = self.corpus.choose(rng, size, together)
-            batch = self.corpus.draw(rng, chosen, self_share=0.0, unrelated=UNRELATED, together=together)
-            changes = self._propose(self.capture(batch))
-            count("efficacy", self._says_target(changes, batch.edits, list(range(len(batch.edits)))))
-            count("paraphrase", self._says_target(changes, batch.targets, batch.target_owner))
+        for batch in batches:
+            changes = self._changes(batch, self.capture(batch))
+            own = [batch.edits[owner] for owner in batch.target_owner]
+            count("efficacy", self._says_target(changes, batch, own))
+            count("paraphrase", self._says_target(changes, batch, batch.targets))
             where = scored_positions([text.tokens for text in batch.locality], self._device)
-            base = self._logits(batch.locality, where).argmax(-1)
-            now = self._edited_logits(changes, batch.locality, batch.locality_owner, where).argmax(-1)
+            base = self._base_logits(batch.locality, where).argmax(-1)
+            now = self._edited_logits(changes, batch, batch.locality, batch.locality_owner, where).argmax(-1)
             near = torch.tensor(batch.locality_near, device=self._device)[where[0]]
             count("neighbour", (base == now)[near])
             count("unrelated", (base == now)[~near])
         return Validation(**{name: right / total if total else math.nan for name, (right, total) in counts.items()})
 
-    def _propose(self, captured: Capture) -> Factored:
-        """The changes to run texts under, one for each group of edits: the sum of theirs."""
+    def _changes(self, batch: Batch, captured: Capture) -> Factored:
+        """The changes to run texts under, one for each group of edits."""
         with self._precision():
-            proposal = self.editor(captured)
-        together = self.config.together
-        # Targets that see the same rows share one tensor, and go on doing so.
-        group = {id(example): example // together for example in proposal.example}
-        joined = Proposal(
-            proposal.u,
-            proposal.delta,
-            tuple(group[id(example)] for example in proposal.example),
-            proposal.edits // together,
-        )
-        return joined.padded(self.upper.targets)
+            return self.editor.together(self._propose(captured), batch.together, self._targets)
+
+    def _propose(self, captured: Capture) -> Proposal:
+        return self.editor(captured)
+
+    @property
+    def _targets(self) -> tuple[Target, ...]:
+        """The edited weights under the names that they have in the upper blocks."""
+        return self.upper.targets[: len(self.editor.targets)]
 
     def _logits(self, texts: Sequence[Text], where: tuple[Tensor, Tensor]) -> Tensor:
         return self.upper.logits(self.corpus.hidden.batch(texts), [text.tokens for text in texts], where)
 
+    def _base_logits(self, texts: Sequence[Text], where: tuple[Tensor, Tensor]) -> Tensor:
+        return _by_length(texts, where, lambda part, at: self._logits([texts[index] for index in part], at))
+
     def _edited_logits(
-        self, changes: Factored, texts: Sequence[Text], owner: Sequence[int], where: tuple[Tensor, Tensor]
+        self, changes: Factored, batch: Batch, texts: Sequence[Text], owner: Sequence[int], where: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Logits of texts, each under the change of the group that its owner belongs to."""
-        group = [edit // self.config.together for edit in owner]
-        factored = {name: (u[group], delta[group]) for name, (u, delta) in changes.items()}
-        with self._precision(), edited(self.upper.module, self.upper.targets, factored):
-            return self._logits(texts, where)
+        grouped = batch.together < len(batch.edits)
 
-    def _says_target(self, changes: Factored, texts: Sequence[Text], owner: Sequence[int]) -> Tensor:
+        def run(part: Sequence[int], part_where: tuple[Tensor, Tensor]) -> Tensor:
+            group = [owner[index] // batch.together for index in part]
+            own = {name: (u[group], delta[group]) for name, (u, delta) in changes.items()} if grouped else changes
+            with self._precision(), edited(self.upper.module, self._targets, own):
+                return self._logits([texts[index] for index in part], part_where)
+
+        return _by_length(texts, where, run)
+
+    def _says_target(self, changes: Factored, batch: Batch, texts: Sequence[Text]) -> Tensor:
+        """Of texts that belong to the batch's target owners, one each."""
         sequences = [text.tokens for text in texts]
         rows, positions = scored_positions(sequences, self._device)
-        said = self._edited_logits(changes, texts, owner, (rows, positions)).argmax(-1)
+        said = self._edited_logits(changes, batch, texts, batch.target_owner, (rows, positions)).argmax(-1)
         wanted = torch.tensor([token for tokens in sequences for token in tokens.target], device=self._device)
         wrong = torch.zeros(len(texts), device=self._device).index_add(0, rows, (said != wanted).float())
         return wrong == 0
 
     @property
     def _device(self) -> torch.device:
-        return self.editor.log_steps.device
+        return self.editor.scalars[0].device
 
     def _precision(self) -> AbstractContextManager:
         if self.config.precision == "float32":
             return nullcontext()
         return torch.autocast(self._device.type, torch.bfloat16)
+
+
+def _by_length(
+    texts: Sequence[Text], where: tuple[Tensor, Tensor], run: Callable[[Sequence[int], tuple[Tensor, Tensor]], Tensor]
+) -> Tensor:
+    """What `run` gives for the wanted positions, texts of similar length together: padding costs as much as words.
+
+    run: given indexes of texts, and row among them and position of each prediction that is wanted.
+    """
+    rows, positions = where
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index].tokens.inputs))
+    size = math.ceil(len(order) / PASSES)
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    place = torch.empty(len(texts), dtype=torch.int64, device=rows.device)
+    found, wanted = [], []
+    for part in parts:
+        place[part] = torch.arange(len(part), device=rows.device)
+        own = torch.isin(rows, torch.tensor(part, device=rows.device)).nonzero()[:, 0]
+        found.append(run(part, (place[rows[own]], positions[own])))
+        wanted.append(own)
+    return torch.cat(found)[torch.cat(wanted).argsort()]

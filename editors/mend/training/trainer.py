@@ -32,11 +32,13 @@ from editors.errors import (
     TrainingDiverged,
 )
 from editors.mend.editor import MendEditor
+from editors.mend.keyed import Evidence, KeyedEditor
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Batch, Corpus
 from editors.mend.training.journal import Curve
 from editors.mend.training.objective import LOSSES, Objective, Validation
 from editors.mend.training.processes import ALONE, Processes
+from editors.mend.training.sets import SetObjective
 from editors.mend.training.statistics import merge_statistics
 from editors.views import UpperBlocks
 
@@ -65,7 +67,7 @@ class _Micro:
     """A micro-batch of this process' share. rng: its own, for what is still to be chosen."""
 
     batch: Batch
-    captured: Capture
+    captured: Capture | Evidence
     rng: random.Random
 
 
@@ -78,7 +80,7 @@ class Trainer:
 
     def __init__(
         self,
-        editor: MendEditor,
+        editor: MendEditor | KeyedEditor,
         upper: UpperBlocks,
         corpus: Corpus,
         held_out: Corpus,
@@ -90,13 +92,15 @@ class Trainer:
         config.require_shares(processes.count)
         config.require_groups(corpus.prompts, held_out.prompts)
         self.editor, self.corpus, self.config, self.folder = editor, corpus, config, folder
-        self.objective = Objective(editor, upper, corpus, config)
-        self._judgement = Objective(editor, upper, held_out, config)
+        objective = SetObjective if config.aggregate == "least_squares" else Objective
+        self.objective = objective(editor, upper, corpus, config)
+        self._judgement = objective(editor, upper, held_out, config)
         self._processes = processes
         self._about = {"base model": "", **(about or {})}
         self.progress, self.curve = Progress(), Curve()
-        networks = [p for name, p in editor.named_parameters() if name != "log_steps"]
-        self.optimizer = torch.optim.Adam([{"params": networks}, {"params": [editor.log_steps]}])
+        scalars = {id(parameter) for parameter in editor.scalars}
+        networks = [parameter for parameter in editor.parameters() if id(parameter) not in scalars]
+        self.optimizer = torch.optim.Adam([{"params": networks}, {"params": editor.scalars}])
 
     def run(self, on_step: Callable[[dict[str, float]], None], on_best: Callable[[Validation], None]) -> None:
         """Train to the end, to early stopping, or to divergence.
@@ -107,7 +111,7 @@ class Trainer:
         Raises TrainingDiverged on NaN or infinity; `training.pt` then still holds the last good state.
         """
         main = self._processes.is_main
-        if self.progress.step == 0:
+        if self.progress.step == 0 and self.config.aggregate == "sum":
             self.calibrate()
         while self.progress.step < self.config.steps:
             started = time.monotonic()
@@ -158,13 +162,9 @@ class Trainer:
 
     def _prepare(self, seed: str, count: int) -> list[_Micro]:
         """This process' share of `count` micro-batches drawn from a seed, captured; the rows of all are counted."""
-        c = self.config
-        chosen = self.corpus.choose(random.Random(seed), count * c.micro_batch, c.together)
         micros: dict[int, _Micro] = {}
         for index in self._processes.share(count):
-            rng = random.Random(f"{seed}-{index}")
-            own = chosen[index * c.micro_batch : (index + 1) * c.micro_batch]
-            batch = self.corpus.draw(rng, own, self_share=c.self_share, unrelated=c.unrelated, together=c.together)
+            batch, rng = self.objective.draw(seed, index)
             micros[index] = _Micro(batch, self.objective.capture(batch), rng)
         captures = {index: micro.captured for index, micro in micros.items()}
         merge_statistics(self.editor, captures, count, self._processes)
@@ -201,7 +201,7 @@ class Trainer:
 
     @property
     def _device(self) -> torch.device:
-        return self.editor.log_steps.device
+        return self.editor.scalars[0].device
 
     def save(self) -> None:
         """Keep everything that the next step depends on, in one file that is replaced whole."""

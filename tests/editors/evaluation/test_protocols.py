@@ -21,7 +21,7 @@ from editors.evaluation.protocols import Bench
 from editors.evaluation.reader import Reader
 from editors.evaluation.texts import own_text
 from editors.factors import quantise
-from editors.state import SumState
+from editors.state import SumState, stacked
 from editors.targets import resolve_targets
 from editors.views import UpperBlocks, view
 from tests.editors.dense import loss, predictions
@@ -159,6 +159,14 @@ class GradientStep:
     def __init__(self, base, size):
         self.base, self.size, self.targets = base, size, resolve_targets(base.model)
         self.upper = UpperBlocks(base.model, self.targets)
+
+    def rows(self, edit):
+        return stacked(self.targets, [edit])
+
+    def write(self, edit, live):
+        state = SumState(self.targets)
+        state.add(edit)
+        state.write(self.base.model, live)
 
     def edits(self, examples):
         for example in examples:

@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from editors.base_model import BaseModel, weights_digest
-from editors.evaluation.methods import write
 from editors.evaluation.protocols import Bench
 from editors.evaluation.texts import own_text
 from editors.finetune.method import KL_TEXTS, FineTuning, Recipe
@@ -55,7 +54,7 @@ def by_hand(base: BaseModel, sequences, rate, steps) -> torch.nn.Module:
 
 def written(base: BaseModel, method: FineTuning, edit) -> torch.nn.Module:
     live = view(base.model, [target.name for target in method.targets])
-    write(edit, base, method.targets, live)
+    method.write(edit, live)
     return live
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from editors.base_model import BaseModel
-from editors.errors import ArchiveMismatch, ArchiveUnreadable, TargetsError
+from editors.errors import ArchiveMismatch, ArchiveUnreadable, CheckpointError, TargetsError
 from editors.mend.archive import read_archive, write_archive
 from editors.mend.archive_config import ArchiveConfig, read_config
 from editors.mend.archive_import import _logarithm, editor_of, ordered_targets
@@ -21,7 +21,7 @@ from editors.mend.editor import MendEditor
 from editors.mend.variant import Variant
 from editors.targets import resolve_targets
 from tests.editors.mend.archives import Original
-from tests.small import small_base, small_editor
+from tests.small import small_base, small_editor, small_keyed_editor
 
 NONE = {"combine": False}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -398,8 +398,9 @@ class TestExport:
     def test_of_what_the_original_cannot_do_is_refused(self, linear, tmp_path):
         with pytest.raises(ArchiveMismatch, match="has no networks, which the original code cannot do"):
             exported(linear, tmp_path, Variant(plain=True))
-        with pytest.raises(ArchiveMismatch, match="adds edits up by least_squares"):
-            exported(linear, tmp_path, Variant(rank=4), aggregate="least_squares")
+        save_checkpoint(tmp_path / "keyed", small_keyed_editor(linear), linear, {})
+        with pytest.raises(ArchiveMismatch, match="joins edits by least squares"):
+            write_archive(load_checkpoint(tmp_path / "keyed", linear), linear, tmp_path / "own.pt")
         assert not (tmp_path / "own.pt").exists()
 
     def test_names_the_base_model_as_it_was_asked_for(self, linear, tmp_path):
@@ -408,11 +409,20 @@ class TestExport:
         assert read_archive(path).model == "LlamaConfig small-linear"
         assert linear.model.config._name_or_path == "/home/somebody/cache"
 
-    def test_replaces_what_was_there_and_leaves_no_draft(self, linear, tmp_path):
-        (tmp_path / "own.pt").write_bytes(b"before")
-        exported(linear, tmp_path, Variant(rank=4))
+    @pytest.mark.parametrize("name", ["own.pt", "own.yaml"])
+    def test_replaces_what_is_there_only_when_told_so_and_leaves_no_draft(self, linear, tmp_path, name):
+        (tmp_path / name).write_bytes(b"before")
+        with pytest.raises(CheckpointError, match="is there already"):
+            exported(linear, tmp_path, Variant(rank=4))
+        assert (tmp_path / name).read_bytes() == b"before"
+        write_archive(load_checkpoint(tmp_path / "own", linear), linear, tmp_path / "own.pt", replace=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "own.pt", "own.yaml"]
         read_archive(tmp_path / "own.pt")
+
+    def test_is_not_written_over_its_own_configuration(self, linear, tmp_path):
+        exported(linear, tmp_path, Variant(rank=4))
+        with pytest.raises(CheckpointError, match="give the archive another ending"):
+            write_archive(load_checkpoint(tmp_path / "own", linear), linear, tmp_path / "own.yaml")
 
     def test_of_an_imported_archive_is_that_archive(self, base, tmp_path):
         original = Original(base.model, shuffled(base), steps=None)

@@ -78,7 +78,7 @@ class TestChanges:
         run.calibrate()
         (micro,) = run._prepare("alone", 1)
         own = run.editor(micro.captured).padded(run.objective.upper.targets)
-        assert_same_state(run.objective._propose(micro.captured), own)
+        assert_same_state(run.objective._changes(micro.batch, micro.captured), own)
 
 
 class TestValidation:
