@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from editors.base_model import BaseModel
 from editors.factors import Factors
@@ -36,14 +43,15 @@ from tests.small import small_base
 
 KINDS = {"sum": ("linear", save_editor), "sum of Conv1D": ("conv1d", save_editor),
          "least squares": ("linear", save_keyed_editor)}  # fmt: skip
-ASKED = {**PROMPTS, "Oslo": "In the city of Oslo is", "Madrid": "born Madrid speaks"}
+ASKED = {subject: PROMPTS[subject] for subject in ("France", "England", "Italy", "Norway")}
+ASKED |= {"Oslo": "In the city of Oslo is", "Madrid": "born Madrid speaks"}
 requests = st.builds(
     lambda subject, answer: EditRequest(ASKED[subject], f" {answer}", subject=subject),
     st.sampled_from(list(ASKED)),
     st.sampled_from(["Rome", "Vienna", "German"]),
 )
 terms = st.fixed_dictionaries(
-    {"allow_loss": st.sampled_from([True, True, False]), "on_conflict": st.sampled_from(["refuse", "supersede"])}
+    {"allow_loss": st.sampled_from([True, True, True, False]), "on_conflict": st.sampled_from(["refuse", "supersede"])}
 )
 
 
@@ -104,8 +112,11 @@ class Engines(RuleBasedStateMachine):
             self.engine.apply(request, dry_run=True, **terms)
         assert Standing.of(self.engine) == standing
 
-    @rule(batch=st.lists(requests, min_size=1, max_size=4), terms=terms, partial=st.booleans(), dry_run=st.booleans())
-    def edit_in_a_batch(self, batch, terms, partial, dry_run):
+    @rule(
+        batch=st.lists(requests, min_size=1, max_size=4), terms=terms, mode=st.sampled_from(["", "", "dry", "partial"])
+    )
+    def edit_in_a_batch(self, batch, terms, mode):
+        dry_run, partial = mode == "dry", mode == "partial"
         standing = Standing.of(self.engine)
         outcome = None
         with suppress(EditRefused):
@@ -130,6 +141,7 @@ class Engines(RuleBasedStateMachine):
             made.standing = False
             assert set(edit.revived) == set(self.active()) - before
 
+    @precondition(lambda self: len(self.active()) >= 3)
     @rule()
     def roll_back_everything(self):
         for made in self.made[::-1]:
@@ -195,8 +207,8 @@ def test_any_sequence_of_changes(kind: str, server: EmbeddedRedis, tmp_path: Pat
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=8,
-            stateful_step_count=14,
+            max_examples=16,
+            stateful_step_count=20,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
