@@ -1,7 +1,8 @@
 """Wire everything together: settings -> base model, editor, ledger -> engine -> HTTP. The only place that does.
 
 One keeper thread loads the model, replays the ledger and then watches over it, so that the port answers (`/livez`,
-and 503 with a reason) from the first moment. What fails while loading ends the process with one clear line.
+and 503 with a reason) from the first moment. Another one audits the edits from time to time. What fails while loading
+ends the process with one clear line.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Service:
         self._trouble: dict[str, str] = {}
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        self._auditor = threading.Thread(target=self._audit, name="auditor", daemon=True)
         self.failure: str | None = None
 
     def start(self) -> None:
@@ -85,6 +87,8 @@ class Service:
     def stop(self) -> None:
         self._stopping.set()
         self._keeper.join()
+        if self._auditor.ident is not None:
+            self._auditor.join()
 
     def ready_engine(self) -> Engine:
         """The engine. Raises NotReady while the model is loading, or while the ledger contradicts it."""
@@ -112,8 +116,20 @@ class Service:
                 "revision %d, %d active edits, state %s", published.revision, published.active_edits, published.digest
             )
             self._on_ready()
+            if self._settings.audit_every_s:
+                self._auditor.start()
             while not self._stopping.wait(WATCH_EVERY_S):
                 self._watch(self._engine)
+
+    def _audit(self) -> None:
+        """Look from time to time whether the edits hold. A thread of its own, since the watch must not wait for it."""
+        while not self._stopping.wait(self._settings.audit_every_s):
+            try:
+                last = self._engine.last_audit
+                if last is None or last.published.revision != self._engine.published.revision:
+                    self._engine.audit(self._stopping)
+            except Exception:  # the next one may go well
+                logger.exception("the audit failed")
 
     def _watch(self, engine: Engine) -> None:
         """Bring the embedded Redis back if it died, follow the ledger, and say what is wrong."""

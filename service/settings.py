@@ -31,6 +31,7 @@ class Settings(BaseSettings):
     redis_server: Path | None = Field(None, description="Server program for the embedded Redis, not the wheel's own.")
     guard_prompts: Path | None = Field(None, description="File of guard prompts, one a line, not the built-in ones.")
     guard_budget: float = Field(0.3, ge=0, le=1, description="Largest drawdown on the guard prompts, 0 to 1.")
+    audit_every_s: float = Field(300, ge=0, description="Seconds between looks at whether all edits hold; 0 for none.")
     max_prompt_tokens: int = Field(1024, ge=1, description="Longest prompt, in tokens.")
     max_correction_tokens: int = Field(64, ge=1, description="Longest correction, in tokens.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens that one request may generate.")

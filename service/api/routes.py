@@ -11,6 +11,9 @@ from service.api.archive import ArchiveResponse, archived
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag
 from service.api.problems import responses
 from service.api.schemas import (
+    AuditQuery,
+    AuditSummary,
+    AuditView,
     BaseModelView,
     CapacityView,
     EditBody,
@@ -92,6 +95,19 @@ def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: R
         items.append(EditView.of_edit(edit))
     tag(response, engine.published)
     return EditPage(items=items, next_cursor=str(items[-1].revision) if more else None)
+
+
+@router.get("/edits/audit", responses=responses(400, 422, 503))
+def get_audit(query: Annotated[AuditQuery, Query()], engine: Loaded, response: Response) -> AuditView:
+    """Does every active edit still hold, with what margin, and which edit took those that do not?
+
+    The last audit of the background task; one is taken now if there was none, or it is to be `fresh`.
+    """
+    audit = engine.last_audit
+    if audit is None or query.fresh:
+        audit = engine.audit()
+    tag(response, audit.published)
+    return AuditView.of(audit, engine.published)
 
 
 @router.get("/edits/{edit_id}", responses=responses(400, 404, 422, 503))
@@ -182,6 +198,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
         active_edits=published.active_edits,
         digest=published.digest,
         capacity=CapacityView.of(published.fullness),
+        audit=engine.last_audit and AuditSummary.of(engine.last_audit),
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from editors.formats import ExportFormat
-from service.engine import BatchOutcome, Capacity, EditRequest, ItemStatus, OnConflict, Outcome, Published
+from service.engine import Audit, BatchOutcome, Capacity, EditRequest, ItemStatus, OnConflict, Outcome, Published
 from service.engine.history import Edit
 
 MAX_TEXT = 100_000
@@ -173,6 +174,12 @@ class EditsQuery(_Request):
     q: str | None = Field(None, max_length=MAX_TEXT, description="Text in the prompt or the correction.")
     limit: int = Field(50, ge=1, le=500)
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
+
+
+class AuditQuery(_Request):
+    """Whether to look again."""
+
+    fresh: bool = Field(False, description="Take an audit now, not the one that was taken last.")
 
 
 class ExportQuery(_Request):
@@ -388,6 +395,69 @@ class InBatchView(BaseModel):
     size: int
 
 
+class AuditedEdit(BaseModel):
+    """holds: greedy decoding begins with the correction; where every token of it is ahead by a clear margin, it does.
+
+    margin_nats: how far the least preferred token of the correction is ahead of any other. text: what the model says,
+    where it was decoded. lost_to: the later edit, or batch, before which it held and with which it no longer did.
+    """
+
+    id: str
+    prompt: str
+    correction: str
+    holds: bool
+    margin_nats: float | None
+    text: str | None
+    lost_to: str | None
+
+
+class AuditSummary(BaseModel):
+    """The last look at whether the active edits hold. revision: of the state that was looked at."""
+
+    revision: int
+    digest: str
+    taken_at: datetime
+    took_ms: float
+    held: int
+    lost: int
+
+    @classmethod
+    def of(cls, audit: Audit) -> Self:
+        return cls(
+            revision=audit.published.revision,
+            digest=audit.published.digest,
+            taken_at=audit.taken_at,
+            took_ms=audit.took_ms,
+            held=audit.held,
+            lost=audit.lost,
+        )
+
+
+class AuditView(AuditSummary):
+    """The same with every edit, in the order of application. current: that state is still the live one."""
+
+    current: bool
+    edits: list[AuditedEdit]
+
+    @classmethod
+    def of(cls, audit: Audit, live: Published) -> Self:
+        edits = [
+            AuditedEdit(
+                id=each.edit.id,
+                prompt=each.edit.applied.prompt,
+                correction=each.edit.applied.correction,
+                holds=each.holds,
+                margin_nats=round(each.margin_nats, 4) if math.isfinite(each.margin_nats) else None,
+                text=each.text,
+                lost_to=audit.lost_to.get(each.edit.id),
+            )
+            for each in audit.edits
+        ]
+        return cls(
+            **AuditSummary.of(audit).model_dump(), current=audit.published.revision == live.revision, edits=edits
+        )
+
+
 class EditPage(BaseModel):
     """next_cursor: for the following page; null at the end."""
 
@@ -471,6 +541,7 @@ class ModelView(BaseModel):
     active_edits: int
     digest: str
     capacity: CapacityView
+    audit: AuditSummary | None
     device: str
     dtype: str
 

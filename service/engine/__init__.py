@@ -1,6 +1,7 @@
 """The engine: stage, judge, commit, publish; roll back; replay."""
 
 from editors.decoding import Sampling
+from service.engine.audit import Audit
 from service.engine.batch import Tell
 from service.engine.batch_items import BatchOutcome, ItemStatus
 from service.engine.capacity import Capacity
@@ -26,6 +27,7 @@ from service.engine.requests import EditRequest, Limits, OnConflict, Outcome, Pu
 
 __all__ = [
     "AlreadyRolledBack",
+    "Audit",
     "BatchOutcome",
     "BatchRefused",
     "BatchTooLarge",

@@ -19,10 +19,13 @@ from editors.errors import EditorsError, EmptyTextError
 from editors.formats import ExportFormat
 from editors.mend.checkpoint import Checkpoint
 from service.engine.answers import Answers
+from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell
 from service.engine.batch_items import BatchOutcome, Item, repeated_batch
 from service.engine.errors import BatchTooLarge, IdempotencyKeyReused, RevisionMismatch, TextTooLong
 from service.engine.export import Snapshot, write_export
+from service.engine.guard import Guard
+from service.engine.held import HeldEdits
 from service.engine.history import Edit, History
 from service.engine.journal import Journal
 from service.engine.judge import Judge
@@ -59,6 +62,8 @@ class Engine:
         self.weights = Weights(base, checkpoint)
         self.history = History(self._prompt_tokens)
         answers = Answers(base, self.limits.answer_tokens)
+        held, guard = HeldEdits(base, answers), Guard(base, self.weights.pristine.upper, guard_prompts)
+        self._auditor = Auditor(self.weights, self.history, held)
         self._texts = Texts(base, answers, self.limits)
         self._journal = Journal(ledger, self.history, self.weights)
         self._workshop = Workshop(
@@ -68,7 +73,7 @@ class Engine:
             self.history,
             self._journal,
             Proposer(checkpoint, self.weights.pristine.upper, self.weights.state),
-            Judge(base, self.weights, answers, guard_prompts, self.limits),
+            Judge(base, self.weights, answers, guard, held, self.limits),
             checkpoint.margin_nats,
         )
         self._writing = threading.RLock()
@@ -97,6 +102,17 @@ class Engine:
             weights = self.weights.live_weights() if format == ExportFormat.MERGED else {}
         snapshot = Snapshot(published, self.history.active_at(published.revision), weights)
         return write_export(snapshot, self.base, self.checkpoint, self.ledger, format, folder)
+
+    @property
+    def last_audit(self) -> Audit | None:
+        return self._auditor.last
+
+    def audit(self, stopping: threading.Event | None = None) -> Audit | None:
+        """Find out which active edits still hold. Neither generation nor editing waits for it.
+
+        stopping: ends it, when set, without a result.
+        """
+        return self._auditor.take(stopping)
 
     # Writing
 

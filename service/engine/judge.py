@@ -70,11 +70,10 @@ class Judge:
     """Compares the candidate with the pristine and the live view."""
 
     def __init__(
-        self, base: BaseModel, weights: Weights, answers: Answers, guard_prompts: Sequence[str], limits: Limits
+        self, base: BaseModel, weights: Weights, answers: Answers, guard: Guard, held: HeldEdits, limits: Limits
     ) -> None:
         self._base, self._weights, self._answers, self._limits = base, weights, answers, limits
-        self._guard = Guard(base, weights.pristine.upper, guard_prompts)
-        self._held = HeldEdits(base, answers)
+        self._guard, self._held = guard, held
 
     def verdicts(self, staged: Sequence[tuple[EditRequest, Tokens]]) -> list[Verdict]:
         """One for each staged edit."""

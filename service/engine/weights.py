@@ -36,7 +36,7 @@ class View:
 
 
 class Weights:
-    """Used by the one writer alone, but for `reading` and what it reads under it."""
+    """Used by the one writer alone, but for `reading` and what is read under it, `another_view` and `copy_live`."""
 
     def __init__(self, base: BaseModel, checkpoint: Checkpoint) -> None:
         self._base, self._targets = base, checkpoint.editor.targets
@@ -61,6 +61,13 @@ class Weights:
     def live_weights(self) -> dict[str, Tensor]:
         """Copies of the edited weights on the CPU, by name. To be called under `reading`."""
         return {name: self.live.model.get_parameter(name).detach().to("cpu", copy=True) for name in self._own}
+
+    def copy_live(self, view: View) -> Published:
+        """Make another view show what is live. Returns which state that is."""
+        with self._gate.reading(), torch.no_grad():
+            for name in self._own:
+                view.model.get_parameter(name).copy_(self.live.model.get_parameter(name))
+            return self.published
 
     @contextmanager
     def staged(self, *, add: Sequence[Factors] = (), remove: Sequence[Factors] = ()) -> Iterator[None]:

@@ -43,6 +43,8 @@ class TestNotReady:
             client.post("/edits", json=bodies[0]),
             client.get("/edits"),
             client.get("/edits/x"),
+            client.get("/edits/audit"),
+            client.post("/edits/batch", json={"edits": [bodies[0]]}),
             client.delete("/edits/x"),
             client.get("/generate", params=SAY),
             client.post("/generate", json=SAY),

@@ -51,6 +51,15 @@ def test_an_edit_is_said_and_taken_back_bit_for_bit(engine):
     assert engine.generate(edit.prompt, 4)[0].text == edit.before
 
 
+def test_an_audit_finds_what_decoding_says(engine):
+    made(engine, 2)
+    audit = engine.audit()
+    assert len(audit.edits) == 2
+    for each in audit.edits:
+        said = engine.generate(each.edit.applied.prompt, 4)[0].text
+        assert each.holds == engine.base.says(said, each.edit.applied.correction)
+
+
 def test_edits_are_replayed_to_the_same_weights(open_engine):
     namespace = uuid.uuid4().hex
     engine = open_engine(namespace)

@@ -5,23 +5,18 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from editors.base_model import BaseModel
 from editors.factors import Factors
 from editors.mend.checkpoint import Checkpoint
 from editors.state import SumState
-from service.engine import AlreadyRolledBack, EditNotFound, EditRefused, EditRequest, Engine, RevisionMismatch
+from service.engine import AlreadyRolledBack, EditNotFound, EditRequest, Engine, RevisionMismatch
 from service.ledger import Applied, EmbeddedRedis, RedisLedger, RolledBack
 from tests.service_fixtures import (
-    ANSWERS,
-    COUNTRIES,
     Standing,
-    asks,
     base_weights,
     live_weights,
     namespace_of,
@@ -170,60 +165,3 @@ class TestRestart:
         restarted = open_engine(namespace_of(engine))
         assert restarted.published.digest == made.digest
         assert restarted.published.revision == 21
-
-
-requests = st.builds(asks, st.sampled_from(COUNTRIES), st.sampled_from(ANSWERS))
-steps = st.lists(
-    st.one_of(
-        st.tuples(st.just("apply"), requests),
-        st.tuples(st.just("dry run"), requests),
-        st.tuples(st.just("roll back"), st.integers(0, 9)),
-        st.tuples(st.just("restart"), st.none()),
-    ),
-    min_size=2,
-    max_size=9,
-)
-
-
-@both_layouts
-class TestAnySequence:
-    @settings(
-        max_examples=12,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    )
-    @given(steps=steps, order=st.randoms(use_true_random=False))
-    def test_equals_an_engine_given_only_the_survivors_in_any_order(self, base, checkpoint, server, steps, order):
-        with (
-            closing(RedisLedger.connect(server.url, uuid.uuid4().hex)) as ledger,
-            closing(RedisLedger.connect(server.url, uuid.uuid4().hex)) as other,
-        ):
-            engine = small_engine(base, checkpoint, ledger)
-            for step, what in steps:
-                standing, moved = Standing.of(engine), False
-                if step == "apply":
-                    try:
-                        moved = engine.apply(what).committed
-                    except EditRefused:
-                        moved = False
-                elif step == "dry run":
-                    with suppress(EditRefused):
-                        engine.apply(what, dry_run=True)
-                elif step == "roll back" and engine.history.all_active():
-                    known = engine.history.all_active()
-                    engine.rollback(known[what % len(known)].id)
-                    moved = True
-                elif step == "restart":
-                    engine = small_engine(base, checkpoint, ledger)
-                assert engine.published.revision == standing.published.revision + moved == ledger.head()
-                if not moved:
-                    assert Standing.of(engine) == standing
-                assert engine.published.digest == engine.weights.state.digest()
-            survivors = active(engine)
-            assert {entry.edit_id for entry, _ in survivors} == {edit.id for edit in engine.history.all_active()}
-            order.shuffle(survivors)
-            only = engine_given_only(survivors, base, checkpoint, other)
-            assert same_bits(live_weights(engine), live_weights(only))
-            assert engine.published.digest == only.published.digest
-            if not survivors:
-                assert same_bits(live_weights(engine), base_weights(base))

@@ -1,0 +1,203 @@
+"""Whatever is done to an engine, in whatever order: it is in the state of its active edits, and so is every other one.
+
+A plain list of what was made is the model. Which edits are active follows from it by definition alone, and what they
+must add up to is worked out afresh after every step.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from editors.base_model import BaseModel
+from editors.factors import Factors
+from editors.mend.checkpoint import Checkpoint, load_checkpoint
+from service.engine import EditRefused, EditRequest, Engine
+from service.ledger import Applied, EmbeddedRedis, RedisLedger
+from tests.service_fixtures import (
+    PROMPTS,
+    Standing,
+    base_weights,
+    live_weights,
+    same_bits,
+    save_editor,
+    save_keyed_editor,
+    small_engine,
+)
+from tests.small import small_base
+
+KINDS = {"sum": ("linear", save_editor), "sum of Conv1D": ("conv1d", save_editor),
+         "least squares": ("linear", save_keyed_editor)}  # fmt: skip
+ASKED = {**PROMPTS, "Oslo": "In the city of Oslo is", "Madrid": "born Madrid speaks"}
+requests = st.builds(
+    lambda subject, answer: EditRequest(ASKED[subject], f" {answer}", subject=subject),
+    st.sampled_from(list(ASKED)),
+    st.sampled_from(["Rome", "Vienna", "German"]),
+)
+terms = st.fixed_dictionaries(
+    {"allow_loss": st.sampled_from([True, True, False]), "on_conflict": st.sampled_from(["refuse", "supersede"])}
+)
+
+
+@dataclass
+class Made:
+    """An edit that the engine said it made."""
+
+    applied: Applied
+    standing: bool = True
+
+
+class Engines(RuleBasedStateMachine):
+    """One engine under test, and one beside it on the same ledger, which writes too."""
+
+    base: BaseModel
+    checkpoint: Checkpoint
+    server: EmbeddedRedis
+
+    @initialize()
+    def start(self) -> None:
+        self.namespace = uuid.uuid4().hex
+        self.ledgers: list[RedisLedger] = []
+        self.made: list[Made] = []
+        self.active_at: dict[int, list[str]] = {0: []}
+        self.engine, self.other = self.open(), self.open()
+
+    def open(self) -> Engine:
+        self.ledgers.append(RedisLedger.connect(self.server.url, self.namespace))
+        return small_engine(self.base, self.checkpoint, self.ledgers[-1])
+
+    def teardown(self) -> None:
+        for ledger in self.ledgers:
+            ledger.close()
+
+    @rule(request=requests, terms=terms)
+    def edit(self, request, terms):
+        self.attempt(self.engine, request, terms)
+
+    @rule(request=requests, terms=terms)
+    def edit_elsewhere(self, request, terms):
+        self.attempt(self.other, request, terms)
+        self.engine.follow()
+
+    def attempt(self, engine: Engine, request: EditRequest, terms: dict) -> None:
+        standing = Standing.of(self.engine)
+        outcome = None
+        with suppress(EditRefused):
+            outcome = engine.apply(request, **terms)
+        if outcome is not None and outcome.committed:
+            self.made.append(Made(outcome.applied))
+        else:
+            assert Standing.of(self.engine) == standing
+
+    @rule(request=requests, terms=terms)
+    def dry_run(self, request, terms):
+        standing = Standing.of(self.engine)
+        with suppress(EditRefused):
+            self.engine.apply(request, dry_run=True, **terms)
+        assert Standing.of(self.engine) == standing
+
+    @rule(batch=st.lists(requests, min_size=1, max_size=4), terms=terms, partial=st.booleans(), dry_run=st.booleans())
+    def edit_in_a_batch(self, batch, terms, partial, dry_run):
+        standing = Standing.of(self.engine)
+        outcome = None
+        with suppress(EditRefused):
+            outcome = self.engine.apply_batch(batch, partial=partial, dry_run=dry_run, **terms)
+        if outcome is None or not outcome.committed:
+            assert Standing.of(self.engine) == standing
+            return
+        assert not dry_run
+        ids = [item["id"] for item in outcome.edits if item["status"] == "applied"]
+        assert partial or all(item["status"] in ("applied", "unchanged") for item in outcome.edits)
+        assert outcome.revision == standing.published.revision + len(ids)
+        self.made += [Made(self.engine.history.find(edit_id).applied) for edit_id in ids]
+
+    @rule(number=st.integers(0, 99), elsewhere=st.booleans())
+    def roll_back(self, number, elsewhere):
+        standing = [made for made in self.made if made.standing]
+        if standing:
+            before = set(self.active())
+            made = standing[number % len(standing)]
+            edit = (self.other if elsewhere else self.engine).rollback(made.applied.edit_id)
+            self.engine.follow()
+            made.standing = False
+            assert set(edit.revived) == set(self.active()) - before
+
+    @rule()
+    def roll_back_everything(self):
+        for made in self.made[::-1]:
+            if made.standing:
+                self.engine.rollback(made.applied.edit_id)
+                made.standing = False
+        assert same_bits(live_weights(self.engine), base_weights(self.base))
+
+    @rule()
+    def restart(self):
+        self.engine = self.open()
+
+    @rule()
+    def audit(self):
+        audit = self.engine.audit()
+        assert audit.published == self.engine.published
+        assert [each.edit.id for each in audit.edits] == self.active()
+
+    def active(self) -> list[str]:
+        standing = [made.applied for made in self.made if made.standing]
+        return [each.edit_id for each in standing if not any(each.edit_id in other.supersedes for other in standing)]
+
+    @invariant()
+    def is_in_the_state_of_its_active_edits(self):
+        engine, active = self.engine, self.active()
+        prompts = [made.applied.prompt for made in self.made if made.applied.edit_id in active]
+        assert len(set(prompts)) == len(prompts)
+        assert engine.published.revision == engine.ledger.head()
+        assert engine.published.active_edits == len(active)
+        assert [edit.id for edit in engine.history.all_active()] == active
+
+        fresh = self.checkpoint.editor.new_state(self.base.device)
+        sequences = [made.applied.sequence for made in self.made if made.applied.edit_id in active]
+        random.Random(0).shuffle(sequences)
+        fresh.add(*(Factors.from_bytes(engine.ledger.factors(sequence)) for sequence in sequences))
+        assert engine.published.digest == fresh.digest() == engine.weights.state.digest()
+        expected = engine.weights.another_view().model
+        fresh.write(self.base.model, expected)
+        for name, parameter in expected.named_parameters():
+            assert parameter.equal(engine.weights.live.model.get_parameter(name)), name
+
+    @invariant()
+    def knows_what_was_active_at_every_revision(self):
+        self.active_at[self.engine.published.revision] = self.active()
+        for revision, active in self.active_at.items():
+            assert [edit.id for edit in self.engine.history.active_at(revision)] == active
+
+    @invariant()
+    def every_engine_on_its_ledger_becomes_the_same(self):
+        self.other.follow()
+        assert self.other.published == self.engine.published
+        assert same_bits(live_weights(self.other), live_weights(self.engine))
+        assert list(self.other.history.newest_first()) == list(self.engine.history.newest_first())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_sequence_of_changes(kind: str, server: EmbeddedRedis, tmp_path: Path) -> None:
+    layout, save = KINDS[kind]
+    base = small_base(layout)
+    checkpoint = load_checkpoint(save(tmp_path, base), base)
+    machine = type("Machine", (Engines,), {"base": base, "checkpoint": checkpoint, "server": server})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=8,
+            stateful_step_count=14,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
