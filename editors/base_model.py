@@ -140,7 +140,9 @@ def _check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter when torch was built without it
         reason = str(error).partition("\n")[0]
-        raise DeviceUnusable(f"the device {name!r} cannot be used here: {reason}", device=name) from error
+        raise DeviceUnusable(
+            f"the device {name!r} cannot be used here ({reason}); name another by --device or MEND_DEVICE", device=name
+        ) from error
 
 
 def weights_digest(model: nn.Module) -> str:

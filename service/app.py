@@ -19,7 +19,7 @@ from fastapi.responses import RedirectResponse
 from editors.base_model import load_base_model
 from editors.errors import EditorsError
 from editors.mend.checkpoint import load_checkpoint
-from service.api import problems
+from service.api import batch, problems
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
 from service.engine import Engine, EngineError, Limits, NotReady, read_guard_prompts
@@ -170,6 +170,7 @@ def create_app(
     )
     app.state.service = service
     app.add_middleware(LimitsMiddleware, batch_edits=settings.max_batch)
+    app.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
     app.include_router(router)
     problems.install(app, EngineError, LedgerError, EditorsError)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from editors.targets import MLP_BY_FAMILY
+from service.api import batch, routes
 from service.api.problems import STATUS_BY_CODE
-from service.api.routes import router
 from service.settings import Settings
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -24,7 +24,12 @@ def test_names_the_error_code(code):
     assert f"`{code}`" in README
 
 
-@pytest.mark.parametrize("route", [f"{method} {route.path}" for route in router.routes for method in route.methods])
+ROUTES = [
+    f"{method} {route.path}" for part in (batch, routes) for route in part.router.routes for method in route.methods
+]
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_names_the_route(route):
     assert route in README
 

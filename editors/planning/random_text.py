@@ -68,16 +68,23 @@ class RandomCorpus:
         return rng.choices(self._edits, k=edits)
 
     def draw(
-        self, rng: random.Random, chosen: list[Text], *, self_share: float, unrelated: int, together: int = 1
+        self,
+        rng: random.Random,
+        chosen: list[Text],
+        *,
+        self_share: float,
+        unrelated: int,
+        near: int = NEIGHBOURS,
+        together: int = 1,
     ) -> Batch:
         """The texts on which chosen edits are judged. self_share: of no effect, since all texts cost the same."""
-        batch = Batch(chosen)
+        batch = Batch(chosen, together)
         for owner in range(len(chosen)):
             batch.targets.append(rng.choice(self._edits))
             batch.target_owner.append(owner)
-            for near, count in ((True, NEIGHBOURS), (False, unrelated)):
+            for is_near, count in ((True, near), (False, unrelated)):
                 batch.locality += rng.choices(self._kept, k=count)
                 batch.locality_owner += [owner] * count
                 batch.locality_weight += [1 / count] * count
-                batch.locality_near += [near] * count
+                batch.locality_near += [is_near] * count
         return batch

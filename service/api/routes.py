@@ -7,7 +7,6 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from service.api import batch
 from service.api.archive import ArchiveResponse, archived
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag
 from service.api.problems import responses
@@ -40,7 +39,6 @@ from service.api.schemas import (
 from service.engine import Engine, Published, Sampling, TextTooLong
 
 router = APIRouter()
-router.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
 MIN_TEMPERATURE = 1e-6
 
 

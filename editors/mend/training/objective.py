@@ -27,6 +27,8 @@ from editors.views import Factored, UpperBlocks, edited
 
 LOSSES = ("edit", "neighbour", "unrelated", "loss")
 VALIDATION_BATCH = 32
+Where = tuple[list[int], list[int]]
+"""Row and position of each prediction that is wanted."""
 PASSES = 3
 """In which the texts of a micro-batch are run, the short ones first."""
 UNRELATED = 2
@@ -98,17 +100,17 @@ class Objective:
         changes = self._changes(batch, captured)
         # Targets
         targets = [text.tokens for text in batch.targets]
-        where = scored_positions(targets, self._device)
-        logits = self._edited_logits(changes, batch, batch.targets, batch.target_owner, where)
-        nll = target_losses(logits, targets, where[0]).mean()
+        logits = self._edited_logits(changes, batch, batch.targets, batch.target_owner, _scored(batch.targets))
+        nll = target_losses(logits, targets, scored_positions(targets, self._device)[0]).mean()
         # Locality
-        where = tuple(torch.tensor(index, device=self._device) for index in locality_positions(rng, batch.locality))
+        where = locality_positions(rng, batch.locality)
         with torch.no_grad(), self._precision():
             base = self._base_logits(batch.locality, where)
         changed = self._edited_logits(changes, batch, batch.locality, batch.locality_owner, where)
         divergence = _Divergence.apply(changed.float(), base.float())
-        per_text = torch.zeros(len(batch.locality), device=self._device).index_add(0, where[0], divergence)
-        per_text = per_text / torch.bincount(where[0], minlength=len(batch.locality))
+        rows = torch.tensor(where[0], device=self._device)
+        per_text = torch.zeros(len(batch.locality), device=self._device).index_add(0, rows, divergence)
+        per_text = per_text / torch.bincount(rows, minlength=len(batch.locality))
         weight = torch.tensor(batch.locality_weight, device=self._device) / len(batch.targets)
         near = torch.tensor(batch.locality_near, device=self._device)
         neighbour = (per_text * weight * near).sum()
@@ -142,10 +144,10 @@ class Objective:
             own = [batch.edits[owner] for owner in batch.target_owner]
             count("efficacy", self._says_target(changes, batch, own))
             count("paraphrase", self._says_target(changes, batch, batch.targets))
-            where = scored_positions([text.tokens for text in batch.locality], self._device)
+            where = _scored(batch.locality)
             base = self._base_logits(batch.locality, where).argmax(-1)
             now = self._edited_logits(changes, batch, batch.locality, batch.locality_owner, where).argmax(-1)
-            near = torch.tensor(batch.locality_near, device=self._device)[where[0]]
+            near = torch.tensor([batch.locality_near[row] for row in where[0]], device=self._device)
             count("neighbour", (base == now)[near])
             count("unrelated", (base == now)[~near])
         return Validation(**{name: right / total if total else math.nan for name, (right, total) in counts.items()})
@@ -166,11 +168,11 @@ class Objective:
     def _logits(self, texts: Sequence[Text], where: tuple[Tensor, Tensor]) -> Tensor:
         return self.upper.logits(self.corpus.hidden.batch(texts), [text.tokens for text in texts], where)
 
-    def _base_logits(self, texts: Sequence[Text], where: tuple[Tensor, Tensor]) -> Tensor:
-        return _by_length(texts, where, lambda part, at: self._logits([texts[index] for index in part], at))
+    def _base_logits(self, texts: Sequence[Text], where: Where) -> Tensor:
+        return self._by_length(texts, where, lambda part, at: self._logits([texts[index] for index in part], at))
 
     def _edited_logits(
-        self, changes: Factored, batch: Batch, texts: Sequence[Text], owner: Sequence[int], where: tuple[Tensor, Tensor]
+        self, changes: Factored, batch: Batch, texts: Sequence[Text], owner: Sequence[int], where: Where
     ) -> Tensor:
         """Logits of texts, each under the change of the group that its owner belongs to."""
         grouped = batch.together < len(batch.edits)
@@ -181,13 +183,36 @@ class Objective:
             with self._precision(), edited(self.upper.module, self._targets, own):
                 return self._logits([texts[index] for index in part], part_where)
 
-        return _by_length(texts, where, run)
+        return self._by_length(texts, where, run)
+
+    def _by_length(
+        self,
+        texts: Sequence[Text],
+        where: Where,
+        run: Callable[[Sequence[int], tuple[Tensor, Tensor]], Tensor],
+    ) -> Tensor:
+        """What `run` gives for the wanted positions, texts of similar length together: padding costs as much as words.
+
+        run: given indexes of texts, and row among them and position of each prediction that is wanted.
+        """
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index].tokens.inputs))
+        size = math.ceil(len(order) / PASSES)
+        found, wanted = [], []
+        for start in range(0, len(order), size):
+            place = {index: row for row, index in enumerate(order[start : start + size])}
+            own = [number for number, row in enumerate(where[0]) if row in place]
+            rows = torch.tensor([place[where[0][number]] for number in own], device=self._device)
+            positions = torch.tensor([where[1][number] for number in own], device=self._device)
+            found.append(run(list(place), (rows, positions)))
+            wanted += own
+        back = sorted(range(len(wanted)), key=wanted.__getitem__)
+        return torch.cat(found)[torch.tensor(back, device=self._device)]
 
     def _says_target(self, changes: Factored, batch: Batch, texts: Sequence[Text]) -> Tensor:
         """Of texts that belong to the batch's target owners, one each."""
         sequences = [text.tokens for text in texts]
-        rows, positions = scored_positions(sequences, self._device)
-        said = self._edited_logits(changes, batch, texts, batch.target_owner, (rows, positions)).argmax(-1)
+        rows, _ = scored_positions(sequences, self._device)
+        said = self._edited_logits(changes, batch, texts, batch.target_owner, _scored(texts)).argmax(-1)
         wanted = torch.tensor([token for tokens in sequences for token in tokens.target], device=self._device)
         wrong = torch.zeros(len(texts), device=self._device).index_add(0, rows, (said != wanted).float())
         return wrong == 0
@@ -202,22 +227,7 @@ class Objective:
         return torch.autocast(self._device.type, torch.bfloat16)
 
 
-def _by_length(
-    texts: Sequence[Text], where: tuple[Tensor, Tensor], run: Callable[[Sequence[int], tuple[Tensor, Tensor]], Tensor]
-) -> Tensor:
-    """What `run` gives for the wanted positions, texts of similar length together: padding costs as much as words.
-
-    run: given indexes of texts, and row among them and position of each prediction that is wanted.
-    """
-    rows, positions = where
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index].tokens.inputs))
-    size = math.ceil(len(order) / PASSES)
-    parts = [order[start : start + size] for start in range(0, len(order), size)]
-    place = torch.empty(len(texts), dtype=torch.int64, device=rows.device)
-    found, wanted = [], []
-    for part in parts:
-        place[part] = torch.arange(len(part), device=rows.device)
-        own = torch.isin(rows, torch.tensor(part, device=rows.device)).nonzero()[:, 0]
-        found.append(run(part, (place[rows[own]], positions[own])))
-        wanted.append(own)
-    return torch.cat(found)[torch.cat(wanted).argsort()]
+def _scored(texts: Sequence[Text]) -> Where:
+    """Every position that is scored."""
+    pairs = [(row, position) for row, text in enumerate(texts) for position in text.tokens.scored]
+    return [row for row, _ in pairs], [position for _, position in pairs]
