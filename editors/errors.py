@@ -82,7 +82,8 @@ class BaseModelMismatch(CheckpointError):
         super().__init__(
             f"this editor was trained for the base model with digest {trained_for}, "
             f"but the loaded base model has digest {loaded}; "
-            "load that base model, or train an editor for this one with `mend train`",
+            "load that base model, train an editor for this one with `mend train`, "
+            "or name `training-free` instead of an editor",
             trained_for=trained_for,
             loaded=loaded,
         )

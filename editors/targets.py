@@ -50,6 +50,9 @@ KEYED_DEPTH = 0.23
 nearly the same key and other facts do not; further up the former fades."""
 
 
+LATE_DEPTH = 0.9
+"""Of a model's last blocks: where its answer is all but made, so that any answer can be put in its place."""
+
 EDITABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -126,6 +129,23 @@ def resolve_keyed_targets(model: nn.Module, patterns: Sequence[str] | None = Non
     last = re.sub(rf"^({re.escape(stack)})\.\d+\.", rf"\g<1>.{len(blocks) - 1}.", targets[0].module)
     (witness,) = resolve_targets(model, [f"^{re.escape(last)}$"])
     return targets, witness
+
+
+def last_projection(model: nn.Module) -> Target:
+    """What a late block writes last, of any architecture: its last linear layer as wide as the blocks are.
+
+    Raises TargetsError where there is none.
+    """
+    stack, blocks = find_stacks(model)[-1]
+    block = f"{stack}.{min(len(blocks) - 1, round(LATE_DEPTH * len(blocks)))}"
+    width = model.get_input_embeddings().embedding_dim
+    written = [
+        name for name, module in model.named_modules()
+        if name.startswith(f"{block}.") and _is_matrix(module) and _outputs(module) == width
+    ]  # fmt: skip
+    if not written:
+        raise TargetsError(f"{block} has no linear layer with {width} outputs, so that none can be edited untrained")
+    return _target(model, written[-1], model.get_submodule(written[-1]))
 
 
 def resolve_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> tuple[Target, ...]:
@@ -214,6 +234,10 @@ def _is_packed(module: nn.Module) -> bool:
 
 def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def _outputs(module: nn.Linear | Conv1D) -> int:
+    return module.nf if isinstance(module, Conv1D) else module.out_features
 
 
 def _target(model: nn.Module, name: str, module: nn.Module) -> Target:

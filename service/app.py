@@ -17,14 +17,14 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from editors.base_model import load_base_model
+from editors.chosen import choose_editor
 from editors.errors import EditorsError
-from editors.mend.checkpoint import load_checkpoint
 from service.api import batch, problems
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
 from service.engine import Engine, EngineError, Limits, NotReady, read_guard_prompts
 from service.ledger import EmbeddedRedis, EmbeddedRedisError, LedgerError, LedgerUnavailable, RedisLedger
-from service.settings import Settings
+from service.settings import DEFAULT_EDITOR, Settings
 
 logger = logging.getLogger("mend")
 
@@ -58,7 +58,9 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         if settings.redis_url is None:
             embedded = stack.enter_context(EmbeddedRedis(settings.data_dir, settings.redis_server))
         base = load_base_model(settings.base_model, device=settings.device, dtype=dtype)
-        checkpoint = load_checkpoint(settings.editor, base)
+        checkpoint = choose_editor(settings.editor, DEFAULT_EDITOR, base, settings.data_dir / "editors")
+        if checkpoint.notice:
+            logger.warning("%s", checkpoint.notice)
         namespace = f"{base.digest.removeprefix('sha256:')[:12]}:{checkpoint.digest.removeprefix('sha256:')[:12]}"
         ledger = RedisLedger.connect(embedded.url if embedded else settings.redis_url, namespace)
         stack.enter_context(closing(ledger))

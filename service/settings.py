@@ -20,9 +20,16 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    data_dir: Path = Field(Path("data"), description="Folder of the embedded Redis and its append-only files.")
+    data_dir: Path = Field(
+        Path("data"),
+        description="Folder of the embedded Redis and its files, and of training-free editors.",
+    )
     base_model: str = Field(DEFAULT_MODEL, description="Hub id, model folder, or the packaged model's name.")
-    editor: Path = Field(DEFAULT_EDITOR, description="Folder of the editor's checkpoint.")
+    editor: Path | None = Field(
+        None,
+        description="Folder of the editor's checkpoint, or training-free; without it the one that ships with the "
+        "project, or training-free where that is for another base model.",
+    )
     device: str | None = Field(None, description="cpu, cuda, cuda:1, …; the first GPU if there is one.")
     dtype: str | None = Field(None, description="float32, bfloat16 or float16; float32 on a CPU, bfloat16 on a GPU.")
     redis_url: str | None = Field(

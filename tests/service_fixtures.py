@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from editors.base_model import BaseModel
-from editors.mend.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from editors.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.engine import EditRefused, EditRequest, Engine, Limits
 from service.engine.requests import Published
 from service.ledger import RedisLedger

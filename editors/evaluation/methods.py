@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from editors.base_model import BaseModel
 from editors.capture import capture
+from editors.checkpoint import Editor
 from editors.data import Example
 from editors.errors import StateOverflow
 from editors.factors import Factors
-from editors.mend.checkpoint import Editor
 from editors.scale import SCALES, ScaleSearch, search_scale, token_margins
 from editors.state import Increment, Rows
 from editors.targets import Target

@@ -30,9 +30,9 @@ import yaml
 from torch import Tensor
 
 from editors.base_model import BaseModel
+from editors.checkpoint import Checkpoint
 from editors.errors import ArchiveMismatch, ArchiveUnreadable, CheckpointError
 from editors.mend.archive_config import describe
-from editors.mend.checkpoint import Checkpoint
 from editors.mend.editor import MendEditor
 from editors.mend.network import RunningStatistics
 from editors.mend.unpickling import Placeholder, load_untrusted

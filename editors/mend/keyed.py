@@ -1,9 +1,7 @@
 """The editor for many edits at once: one key and one wanted change per edit and weight, joined by least squares.
 
-    key     κ = L⁻¹u / ‖L⁻¹u‖   u: what the weight reads at the last token of the subject; L Lᵀ: the covariance of
-                                 what it reads in general, so that keys of other texts are as good as orthogonal
+    key     what the weight reads at the last token of the subject, whitened (see `least_squares_editor`)
     change  v = network(u, gradient at the key, gradient at the answer)
-    state   ΔWᵀ = L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV over all active edits (see `least_squares`)
 
 Summed changes of single edits destroy each other within a dozen; these are trained, through the solve, on sets of up
 to a thousand. Sources: MEND (arXiv:2110.11309) for gradients in and weight changes out, MALMEN (Tan et al., ICLR 2024)
@@ -21,10 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from editors.capture import Capture
-from editors.factors import Factors
-from editors.least_squares import LeastSquaresState, RidgeLaw
+from editors.least_squares_editor import LeastSquaresEditor
 from editors.mend.editor import Proposal
-from editors.state import Rows
 from editors.targets import Target
 
 ANSWERS = 2
@@ -114,25 +110,18 @@ class Gate(nn.Module):
         return self.write(F.silu(self.read(u)))[:, 0]
 
 
-class KeyedEditor(nn.Module):
+class KeyedEditor(LeastSquaresEditor):
     """An editor of decoders whose edits are joined by least squares.
 
     targets: the edited weights. witness: a weight that is only read, of the last block, whose gradient at the answer's
     tokens says what is wanted. rank: width of the networks.
     """
 
-    aggregate = "least_squares"
-
     def __init__(self, targets: Sequence[Target], witness: Target, rank: int) -> None:
-        super().__init__()
-        self.targets, self.witness, self.rank = tuple(targets), witness, rank
+        super().__init__(targets, FIRST_RIDGE)
+        self.witness, self.rank = witness, rank
         self.networks = nn.ModuleList(ValueNetwork(t.d_in, t.d_out, witness.d_out, rank) for t in self.targets)
         self.gate = Gate(self.targets[0].d_in, max(1, rank // 8))
-        self.log_ridge = nn.Parameter(torch.full((len(self.targets),), FIRST_RIDGE).log())
-        # Not trained: while edits do not yet hold, it only learns to give the many up. Chosen on validation afterwards.
-        self.register_buffer("growth", torch.zeros(()))
-        for index, target in enumerate(self.targets):
-            self.register_buffer(f"whitening_{index}", torch.eye(target.d_in))
 
     @property
     def captured(self) -> tuple[Target, ...]:
@@ -143,25 +132,6 @@ class KeyedEditor(nn.Module):
     def scalars(self) -> list[nn.Parameter]:
         """Parameters that are trained at a rate of their own."""
         return [self.log_ridge]
-
-    def whitening(self, index: int) -> Tensor:
-        """L of one target, (d_in, d_in) lower triangular."""
-        return getattr(self, f"whitening_{index}")
-
-    def new_state(self, device: torch.device) -> LeastSquaresState:
-        """The state that this editor's edits are joined in; with no edit yet."""
-        named = {target.name: self.whitening(index).double() for index, target in enumerate(self.targets)}
-        ridges = {
-            target.name: RidgeLaw(math.exp(log_first), self.growth.item())
-            for target, log_first in zip(self.targets, self.log_ridge.tolist(), strict=True)
-        }
-        return LeastSquaresState(self.targets, named, ridges, device)
-
-    def joined(self, edits: Sequence[Factors]) -> Rows:
-        """What edits do together, as rows whose product is ΔW = deltaᵀ u; float64, on the CPU."""
-        state = self.new_state(torch.device("cpu"))
-        state.add(*edits)
-        return state.rows()
 
     def forward(self, capture: Capture) -> Proposal:
         """Keys and wanted changes of a batch of edits, one row each. See `Proposal` for shapes."""
@@ -191,10 +161,6 @@ class KeyedEditor(nn.Module):
             example=(edits,) * len(self.targets),
             edits=len(evidence),
         )
-
-    def keys(self, index: int, u: Tensor) -> Tensor:
-        """Inputs of one target (edits, d_in) -> whitened keys of length 1."""
-        return F.normalize(torch.linalg.solve_triangular(self.whitening(index), u.T, upper=False).T, dim=-1)
 
     def together(self, proposal: Proposal, size: int, targets: Sequence[Target]) -> Mapping[str, tuple[Tensor, Tensor]]:
         """What groups of `size` edits do together, for `views.edited` under the names of `targets`; differentiable.

@@ -193,7 +193,13 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
     tag(response, published)
     return ModelView(
         base_model=BaseModelView(ref=base.ref, kind=base.kind, digest=base.digest, parameters=base.parameters),
-        editor=EditorView(name=checkpoint.name, digest=checkpoint.digest, aggregate=checkpoint.aggregate),
+        editor=EditorView(
+            name=checkpoint.name,
+            digest=checkpoint.digest,
+            aggregate=checkpoint.aggregate,
+            trained=checkpoint.trained,
+            notice=checkpoint.notice,
+        ),
         revision=published.revision,
         active_edits=published.active_edits,
         digest=published.digest,

@@ -514,9 +514,13 @@ class BaseModelView(BaseModel):
 
 
 class EditorView(BaseModel):
+    """notice: what its users should know, such as that it was never trained."""
+
     name: str
     digest: str
     aggregate: str
+    trained: bool
+    notice: str | None
 
 
 class CapacityView(BaseModel):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOption, DeviceOption
+from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOption, DeviceOption, EditorOption
 
 FACTS = (
     ("The Prime Minister of the United Kingdom is", "Keir Starmer"),
@@ -25,7 +25,7 @@ FACTS = (
 
 
 def bench(
-    editor: Annotated[Path, typer.Option(envvar="MEND_EDITOR", help="Folder of the checkpoint.")] = DEFAULT_EDITOR,
+    editor: EditorOption = None,
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
     device: DeviceOption = None,
     rounds: Annotated[int, typer.Option(help="Times that every fact is edited and rolled back.")] = 3,
@@ -35,12 +35,13 @@ def bench(
     import torch
 
     from editors.base_model import load_base_model
-    from editors.mend.checkpoint import load_checkpoint
+    from editors.chosen import choose_editor
+    from editors.packaged import default_cache_dir
     from service.engine import EditRefused, EditRequest, Engine, read_guard_prompts
     from service.ledger import EmbeddedRedis, RedisLedger
 
     base = load_base_model(base_model, device=device)
-    checkpoint = load_checkpoint(editor, base)
+    checkpoint = choose_editor(editor, DEFAULT_EDITOR, base, default_cache_dir())
     laps: dict[str, list[float]] = defaultdict(list)
     sizes: list[int] = []
 

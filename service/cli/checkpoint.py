@@ -38,11 +38,11 @@ def import_archive(
     import torch
 
     from editors.base_model import load_base_model
+    from editors.checkpoint import CARD, read_card, save_checkpoint
     from editors.errors import CheckpointError
     from editors.mend.archive import read_archive
     from editors.mend.archive_config import INITS, ArchiveConfig, read_config
     from editors.mend.archive_import import editor_of, ordered_targets
-    from editors.mend.checkpoint import CARD, read_card, save_checkpoint
 
     if init is not None and init not in INITS:
         sys.exit(f"mend: --init is {init!r}, none of {', '.join(INITS)}")
@@ -86,8 +86,8 @@ def export_archive(
 ) -> None:
     """Write an editor as an archive that the original code, ROME's and EasyEdit's can load."""
     from editors.base_model import load_base_model
+    from editors.checkpoint import load_checkpoint
     from editors.mend.archive import write_archive
-    from editors.mend.checkpoint import load_checkpoint
 
     base = load_base_model(base_model, device="cpu")
     sidecar = write_archive(load_checkpoint(folder, base), base, out, replace=force)
@@ -105,7 +105,7 @@ def verify(
     from dataclasses import asdict
 
     from editors.base_model import load_base_model
-    from editors.mend.verification import verify_checkpoint
+    from editors.verification import verify_checkpoint
 
     checks = verify_checkpoint(folder, load_base_model(base_model, device="cpu") if base_model else None)
     sound = all(check.ok for check in checks)

@@ -53,10 +53,10 @@ def _measure(
     seed: int,
 ) -> tuple[Entry, Entry]:
     from editors.base_model import load_base_model
+    from editors.checkpoint import load_checkpoint
     from editors.data import read_data
     from editors.evaluation.methods import Mend
     from editors.evaluation.protocols import Bench
-    from editors.mend.checkpoint import load_checkpoint
 
     file = read_data(data)
     examples = (file.split(last)[1] if last else file).examples[:limit]

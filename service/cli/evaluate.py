@@ -32,9 +32,9 @@ class Baseline(StrEnum):
 
 def evaluate(
     data: Annotated[list[Path], typer.Option(help="Data file; each is measured by itself.")],
-    editor: Annotated[list[Path], typer.Option(envvar="MEND_EDITOR", help="Folder of a checkpoint; repeatable.")] = [  # noqa: B006
-        DEFAULT_EDITOR
-    ],
+    editor: Annotated[
+        list[str], typer.Option(envvar="MEND_EDITOR", help="Folder of a checkpoint, or training-free; repeatable.")
+    ] = [],  # noqa: B006
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
     device: DeviceOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Precision of the base model, as it would be served.")] = None,
@@ -61,23 +61,25 @@ def evaluate(
     import torch
 
     from editors.base_model import load_base_model
+    from editors.checkpoint import write_card as write
+    from editors.chosen import choose_editor
     from editors.data import read_data
     from editors.evaluation.methods import Mend
     from editors.evaluation.plots import draw_plots
     from editors.evaluation.protocols import Bench
     from editors.evaluation.report import over_counts
     from editors.evaluation.texts import own_text, read_text
-    from editors.mend.checkpoint import load_checkpoint
-    from editors.mend.checkpoint import write_card as write
+    from editors.packaged import default_cache_dir
 
     _require_room(report, plots)
     files = [read_data(path) for path in data]
     held_out = read_data(validation).examples if validation else None
     base = load_base_model(base_model, device=device, dtype=getattr(torch, dtype) if dtype else None)
-    checkpoints = {folder: load_checkpoint(folder, base) for folder in editor}
+    cache = default_cache_dir()
+    checkpoints = [choose_editor(named, DEFAULT_EDITOR, base, cache) for named in editor or [None]]
     mends = [
         Mend(base, c.editor, c.margin_nats if margin is None else margin, c.name if len(checkpoints) > 1 else "mend")
-        for c in checkpoints.values()
+        for c in checkpoints
     ]
     texts = read_text(base, text) if text else own_text(base, seed)
     command = shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
@@ -93,7 +95,7 @@ def evaluate(
             "dtype": str(base.dtype).removeprefix("torch."),
         }
         tuning = others if held_out is None else held_out
-        methods = [(mend, {"editor": c.digest}) for mend, c in zip(mends, checkpoints.values(), strict=True)]
+        methods = [(mend, {"editor": c.digest}) for mend, c in zip(mends, checkpoints, strict=True)]
         methods += [_tuned(base, _tuned_weights(base, mends), name, tuning, tune, seed) for name in baseline]
         typer.echo(f"{file.name}: sha256:{file.digest}, seed {seed}, {about['dtype']}")
         reports: list[Report] = []
@@ -110,12 +112,12 @@ def evaluate(
         if plots:
             for path in draw_plots(reports, plots, Path(file.name).stem):
                 typer.echo(f"plot: {path}")
-    for folder, checkpoint in checkpoints.items() if write_card else ():
+    for checkpoint in checkpoints if write_card else ():
         own = [result for result in results if result.get("editor", checkpoint.digest) == checkpoint.digest]
         again = {_about(result) for result in own}
         kept = [result for result in checkpoint.card.get("results", []) if _about(result) not in again]
         short = [{key: value for key, value in r.items() if key not in ("values", "text_losses")} for r in own]
-        write(folder, {**checkpoint.card, "results": kept + short})
+        write(checkpoint.folder, {**checkpoint.card, "results": kept + short})
 
 
 def _about(result: dict[str, Any]) -> tuple[str, str, str]:

@@ -20,6 +20,11 @@ BaseModelOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(envvar="MEND_DEVICE", help="cpu, cuda, cuda:1, …")]
 
+EditorOption = Annotated[
+    str | None,
+    typer.Option(envvar="MEND_EDITOR", help="Folder of the checkpoint, or training-free; as for mend serve without."),
+]
+
 
 class Dtype(StrEnum):
     FLOAT32 = "float32"
@@ -34,6 +39,7 @@ __all__ = [
     "BaseModelOption",
     "DeviceOption",
     "Dtype",
+    "EditorOption",
     "read_settings",
     "with_settings",
 ]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from editors.base_model import BaseModel
+from editors.checkpoint import Checkpoint
 from editors.decoding import Generation, Sampling, generate
 from editors.errors import EditorsError, EmptyTextError
 from editors.formats import ExportFormat
-from editors.mend.checkpoint import Checkpoint
 from service.engine.answers import Answers
 from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell

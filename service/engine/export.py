@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from editors.base_model import BaseModel
+from editors.checkpoint import Checkpoint
 from editors.export import write_factors, write_index, write_lora, write_merged
 from editors.factors import Factors
 from editors.formats import INDEX, ExportFormat
-from editors.mend.checkpoint import Checkpoint
 from service.engine.history import Edit
 from service.engine.requests import Published
 from service.ledger import RedisLedger

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from editors.capture import capture
+from editors.checkpoint import Checkpoint
 from editors.factors import Factors
-from editors.mend.checkpoint import Checkpoint
 from editors.scale import ScaleSearch, search_scale
 from editors.state import Increment, Rows, State
 from editors.text import Tokens

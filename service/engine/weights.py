@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from editors.base_model import BaseModel
+from editors.checkpoint import Checkpoint
 from editors.factors import Factors
-from editors.mend.checkpoint import Checkpoint
 from editors.state import State
 from editors.views import UpperBlocks, view
 from service.engine.capacity import Capacity

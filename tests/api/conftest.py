@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from editors.base_model import load_base_model
-from editors.mend.checkpoint import load_checkpoint
+from editors.checkpoint import load_checkpoint
 from service.app import create_app
 from service.engine import EditRequest, Engine
 from service.ledger import EmbeddedRedis, RedisLedger

@@ -115,7 +115,8 @@ class TestModel:
             "parameters": engine.base.parameters,
         }  # fmt: skip
         assert model["editor"] == {
-            "name": folders.editor.name, "digest": engine.checkpoint.digest, "aggregate": "sum",
+            "name": folders.editor.name, "digest": engine.checkpoint.digest, "aggregate": "sum", "trained": True,
+            "notice": None,
         }  # fmt: skip
         assert (model["revision"], model["digest"], model["active_edits"]) == (made["revision"], made["digest"], 1)
         assert model["capacity"] == {"fullness": None, "limit": 0.95, "warning": None}

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from editors.base_model import BaseModel, load_base_model
-from editors.mend.checkpoint import load_checkpoint
+from editors.checkpoint import load_checkpoint
 from service.cli import main
 from tests.editors.mend.archives import Original
 from tests.editors.mend.test_archive import assert_same_changes, shuffled

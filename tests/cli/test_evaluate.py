@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from editors.checkpoint import load_checkpoint
 from editors.data import Example
 from editors.evaluation.methods import Mend
 from editors.evaluation.protocols import Bench
-from editors.mend.checkpoint import load_checkpoint
 from service.cli.main import main
 from tests.editors.mend.examples import capitals, languages
 from tests.service_fixtures import save_base, save_editor, save_keyed_editor

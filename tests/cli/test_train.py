@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from editors.base_model import load_base_model
+from editors.checkpoint import load_checkpoint
 from editors.data import Example
-from editors.mend.checkpoint import load_checkpoint
 from editors.mend.variant import Variant
 from service.cli import main
 from tests.editors.mend.examples import CITIES, capitals, languages

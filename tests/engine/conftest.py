@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from editors.base_model import BaseModel
-from editors.mend.checkpoint import Checkpoint
+from editors.checkpoint import Checkpoint
 from service.engine import EditRequest, Engine, Limits
 from service.ledger import EmbeddedRedis, RedisLedger
 from tests.service_fixtures import LIMITS, find_edits, small_checkpoint, small_engine

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
+from editors.checkpoint import load_checkpoint, save_checkpoint
 from editors.factors import Factors
-from editors.mend.checkpoint import load_checkpoint, save_checkpoint
 from editors.state import SumState
 from editors.text import begins_with
 from service.engine import (

@@ -8,9 +8,9 @@ import random
 import pytest
 
 from editors.base_model import BaseModel
+from editors.checkpoint import Checkpoint, load_checkpoint
 from editors.errors import SubjectNotFound
 from editors.factors import Factors
-from editors.mend.checkpoint import Checkpoint, load_checkpoint
 from service.engine import EditConflict, EditRefused, EditRequest, Engine
 from tests.service_fixtures import Standing, base_weights, live_weights, same_bits, save_keyed_editor
 

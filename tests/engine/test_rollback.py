@@ -10,8 +10,8 @@ from contextlib import closing
 import pytest
 
 from editors.base_model import BaseModel
+from editors.checkpoint import Checkpoint
 from editors.factors import Factors
-from editors.mend.checkpoint import Checkpoint
 from editors.state import SumState
 from service.engine import AlreadyRolledBack, EditNotFound, EditRequest, Engine, RevisionMismatch
 from service.ledger import Applied, EmbeddedRedis, RedisLedger, RolledBack

@@ -25,8 +25,8 @@ from hypothesis.stateful import (
 )
 
 from editors.base_model import BaseModel
+from editors.checkpoint import Checkpoint, load_checkpoint
 from editors.factors import Factors
-from editors.mend.checkpoint import Checkpoint, load_checkpoint
 from service.engine import EditRefused, EditRequest, Engine
 from service.ledger import Applied, EmbeddedRedis, RedisLedger
 from tests.service_fixtures import (

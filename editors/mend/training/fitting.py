@@ -24,8 +24,6 @@ from editors.views import UpperBlocks
 TEXTS = 6000
 """Read for the covariance, at most; a third of them for the gate."""
 BATCH = 64
-RIDGE = 0.3
-"""Added to the covariance's diagonal, of its mean. Directions that hardly vary would otherwise count for too much."""
 GATE_STEPS, GATE_RATE, GATE_PROMPTS = 400, 3e-3, 64
 
 
@@ -59,10 +57,7 @@ def fit(editor: KeyedEditor, base: BaseModel, upper: UpperBlocks, corpus: Corpus
             if text.tokens.subject is not None:
                 candidates.append((inputs[0][row, : len(text.tokens.prompt)].float(), text.tokens.subject))
     for index, (target, moment) in enumerate(zip(editor.targets, moments, strict=True)):
-        covariance = moment / rows
-        ridge = RIDGE * covariance.diagonal().mean() * torch.eye(target.d_in, device=base.device)
-        # In half precision, as it will be stored: any such matrix is a metric, this one the editor's own.
-        editor.whitening(index).copy_(torch.linalg.cholesky(covariance + ridge).half())
+        editor.set_covariance(index, moment / rows)
         weight = target.oriented(base.model.get_parameter(target.name)).float()
         editor.networks[index].fit(torch.stack(keyed[index]), weight)
     return _train_gate(editor, candidates, rng)

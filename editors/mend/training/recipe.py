@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from editors.base_model import BaseModel
+from editors.checkpoint import save_checkpoint
 from editors.data import DataSet
 from editors.errors import TrainingOptionsInvalid
-from editors.mend.checkpoint import save_checkpoint
 from editors.mend.editor import MendEditor
 from editors.mend.keyed import KeyedEditor
 from editors.mend.training.config import TrainingConfig

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from editors.base_model import BaseModel
+from editors.checkpoint import load_checkpoint, save_checkpoint
 from editors.errors import ArchiveMismatch, ArchiveUnreadable, CheckpointError, TargetsError
 from editors.mend.archive import read_archive, write_archive
 from editors.mend.archive_config import ArchiveConfig, read_config
 from editors.mend.archive_import import _logarithm, editor_of, ordered_targets
-from editors.mend.checkpoint import load_checkpoint, save_checkpoint
 from editors.mend.editor import MendEditor
 from editors.mend.variant import Variant
 from editors.targets import resolve_targets

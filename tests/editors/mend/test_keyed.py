@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from editors.capture import capture
+from editors.checkpoint import CARD, load_checkpoint, save_checkpoint
 from editors.errors import CheckpointUnreadable, SubjectNotFound, TargetsError
 from editors.factors import quantise_keyed
-from editors.mend.checkpoint import CARD, load_checkpoint, save_checkpoint
 from editors.mend.keyed import KeyedEditor
 from editors.targets import resolve_keyed_targets
 from editors.views import UpperBlocks, view

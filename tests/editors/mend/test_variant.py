@@ -10,7 +10,7 @@ from torch import Tensor
 
 from editors.base_model import BaseModel
 from editors.capture import Capture, capture
-from editors.mend.checkpoint import load_checkpoint, save_checkpoint
+from editors.checkpoint import load_checkpoint, save_checkpoint
 from editors.mend.editor import MendEditor, Proposal
 from editors.mend.network import RunningStatistics
 from editors.mend.variant import SIDES, VARIANTS, Variant, variant_named

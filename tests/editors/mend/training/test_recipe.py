@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from editors.base_model import BaseModel
-from editors.mend.checkpoint import load_checkpoint
+from editors.checkpoint import load_checkpoint
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.objective import Validation
 from editors.mend.training.recipe import train

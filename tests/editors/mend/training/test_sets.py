@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from editors.checkpoint import load_checkpoint
 from editors.data import Example
 from editors.errors import DataFileError, TrainingOptionsInvalid
-from editors.mend.checkpoint import load_checkpoint
+from editors.least_squares_editor import RIDGE
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Corpus, locality_positions
-from editors.mend.training.fitting import RIDGE, fit
+from editors.mend.training.fitting import fit
 from editors.mend.training.objective import Objective
 from editors.mend.training.recipe import _new_editor, train
 from editors.mend.training.trainer import Trainer

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save
 
 from editors.base_model import BaseModel
 from editors.capture import capture
-from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
-from editors.mend.checkpoint import (
+from editors.checkpoint import (
     build_editor,
     load_checkpoint,
     read_card,
@@ -22,6 +21,7 @@ from editors.mend.checkpoint import (
     save_checkpoint,
     write_card,
 )
+from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
 from editors.mend.variant import Variant
 from editors.views import UpperBlocks
 from tests.editors.dense import encoded
@@ -93,7 +93,7 @@ class TestRoundTrip:
 
 class TestShipped:
     def test_editor_is_what_it_was_before_there_were_variants(self):
-        folder = Path(__file__).parents[3] / "checkpoints" / "smollm2-135m-instruct"
+        folder = Path(__file__).parents[2] / "checkpoints" / "smollm2-135m-instruct"
         card = read_card(folder)
         assert "variant" not in card
         editor = build_editor(folder, card, read_weights(folder, card))  # checks the digest
@@ -102,7 +102,7 @@ class TestShipped:
         assert editor.signs.tolist() == [-1] * 9
 
     def test_card_for_people_can_still_be_written(self, tmp_path):
-        card = read_card(Path(__file__).parents[3] / "checkpoints" / "smollm2-135m-instruct")
+        card = read_card(Path(__file__).parents[2] / "checkpoints" / "smollm2-135m-instruct")
         write_card(tmp_path, card)
         assert "rank 512" in (tmp_path / "card.md").read_text()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,17 +27,21 @@ from editors.mend.editor import MendEditor
 from editors.mend.keyed import KeyedEditor
 from editors.mend.variant import Variant
 from editors.targets import Target
+from editors.training_free.editor import TrainingFreeEditor
 
 WEIGHTS = "editor.safetensors"
 CARD = "card.json"
 FORMAT = 1
 STATEMENT = "mend"
 """Key of the safetensors file's metadata under which it says what its tensors mean."""
+MEND = "mend"
+METHODS = (MEND, TrainingFreeEditor.method)
+"""How an editor makes edits, by its card; one that does not say it is MEND's."""
 DEFAULT_MARGIN = 2.0
 """Nats; chosen on validation data, where less costs paraphrases and more costs neighbours."""
 
 
-Editor = MendEditor | KeyedEditor
+Editor = MendEditor | KeyedEditor | TrainingFreeEditor
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,27 @@ class Checkpoint:
     """A loaded editor. digest: `sha256:…` of its weights' file. aggregate: how its edits add up."""
 
     editor: Editor
+    folder: Path
     name: str
     digest: str
     aggregate: str
     margin_nats: float
     """Of the scale search: how far ahead each token of a correction should be (see `editors.scale`)."""
     card: dict[str, Any]
+
+    @property
+    def trained(self) -> bool:
+        return not isinstance(self.editor, TrainingFreeEditor)
+
+    @property
+    def notice(self) -> str | None:
+        """What whoever uses this editor should know."""
+        if self.trained:
+            return None
+        return (
+            "the editor is training-free: its edits hold on their own prompts, and seldom on other wordings; "
+            "train one for this base model with `mend train`, and name it with MEND_EDITOR"
+        )
 
 
 def save_checkpoint(
@@ -80,6 +100,8 @@ def save_checkpoint(
 
 def _shape(editor: Editor) -> dict[str, Any]:
     """What an editor of its kind is made of, beside its targets."""
+    if isinstance(editor, TrainingFreeEditor):
+        return {"method": editor.method}
     if isinstance(editor, KeyedEditor):
         return {"rank": editor.rank, "witness": asdict(editor.witness)}
     variant = asdict(editor.variant)
@@ -103,7 +125,7 @@ def load_checkpoint(folder: str | Path, base: BaseModel) -> Checkpoint:
         raise BaseModelMismatch(trained_for=card["base_model"]["digest"], loaded=base.digest)
     editor = build_editor(folder, card, read_weights(folder, card))
     editor.requires_grad_(False).eval().to(base.device)
-    return Checkpoint(editor, card["name"], card["digest"], card["aggregate"], card["margin_nats"], card)
+    return Checkpoint(editor, folder, card["name"], card["digest"], card["aggregate"], card["margin_nats"], card)
 
 
 def read_weights(folder: Path, card: dict[str, Any]) -> bytes:
@@ -139,6 +161,8 @@ def build_editor(folder: Path, card: dict[str, Any], raw: bytes) -> Editor:
 def _empty(card: dict[str, Any]) -> Editor:
     """An editor of the card's shape. Raises KeyError, TypeError or ValueError for a card of none."""
     targets = [Target(**target) for target in card["targets"]]
+    if card.get("method", MEND) == TrainingFreeEditor.method:
+        return TrainingFreeEditor(targets)
     if card["aggregate"] == KeyedEditor.aggregate:
         return KeyedEditor(targets, Target(**card["witness"]), card["rank"])
     if card["aggregate"] != MendEditor.aggregate:
@@ -163,10 +187,19 @@ def read_card(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(card, dict):
         raise CheckpointUnreadable(f"{path} holds no card but {type(card).__name__}", file=str(path))
-    missing = {"format", "digest", "base_model", "aggregate", "margin_nats", "rank", "targets"} - set(card)
+    method = card.get("method", MEND)
+    if method not in METHODS:
+        raise CheckpointUnreadable(
+            f"{path} is of an editor by {method!r}; this version knows {', '.join(METHODS)}", file=str(path)
+        )
+    required = {"format", "name", "digest", "base_model", "aggregate", "margin_nats", "targets"}
+    missing = (required | {"rank"} if method == MEND else required) - set(card)
     if missing or card["format"] != FORMAT:
         problem = f"lacks {', '.join(sorted(missing))}" if missing else f"has format {card['format']}, not {FORMAT}"
         raise CheckpointUnreadable(f"{path} {problem}", file=str(path))
+    margin = card["margin_nats"]
+    if not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+        raise CheckpointUnreadable(f"{path} has margin_nats {margin!r}, not a number from 0 on", file=str(path))
     if not isinstance(card["base_model"], dict) or "digest" not in card["base_model"]:
         raise CheckpointUnreadable(f"{path} does not say the digest of its base model", file=str(path))
     return card
@@ -175,7 +208,9 @@ def read_card(folder: Path) -> dict[str, Any]:
 def _statement(card: dict[str, Any]) -> dict[str, Any]:
     """What gives the tensors their meaning."""
     names = ("rank", "variant", "targets", "signs")
-    if card["aggregate"] == KeyedEditor.aggregate:
+    if card.get("method", MEND) == TrainingFreeEditor.method:
+        names = ("method", "aggregate", "targets")
+    elif card["aggregate"] == KeyedEditor.aggregate:
         names = ("aggregate", "rank", "targets", "witness")
     stated = {name: card.get(name) for name in names}
     return {"base_model": card["base_model"]["digest"], **stated}
@@ -194,7 +229,7 @@ def _require_same(statement: dict[str, Any], raw: bytes) -> None:
 
 
 def _stored(name: str, tensor: torch.Tensor, matrices: torch.dtype) -> torch.Tensor:
-    matrix = name.endswith((".u", ".v", ".weight")) or name.startswith("whitening")
+    matrix = name.endswith((".u", ".v", ".weight")) or name.startswith(("whitening", "natural"))
     return tensor.detach().cpu().to(matrices if matrix else tensor.dtype).contiguous()
 
 
@@ -208,17 +243,23 @@ def _replace(path: Path, raw: bytes) -> None:
     os.replace(draft, path)
 
 
+def _kind(card: dict[str, Any]) -> str:
+    if card.get("method", MEND) == TrainingFreeEditor.method:
+        return "An editor without training (the natural gradient)"
+    if card["aggregate"] == KeyedEditor.aggregate:
+        return f"A MEND editor (arXiv:2110.11309), rank {card['rank']}, keyed at the subject's last token,"
+    made_of = Variant(rank=card["rank"], **card.get("variant", {}))
+    return f"A MEND editor (arXiv:2110.11309), {made_of},"
+
+
 def _markdown(card: dict[str, Any]) -> str:
     """The card for people: one table per section, and the measured results as they were reported."""
     base = card["base_model"]
-    made_of = Variant(rank=card["rank"], **card.get("variant", {}))
-    if card["aggregate"] == KeyedEditor.aggregate:
-        made_of = f"rank {card['rank']}, keyed at the subject's last token"
     lines = [
         f"# {card['name']}",
         "",
-        f"A MEND editor (arXiv:2110.11309) for `{base['ref']}`, {len(card['targets'])} weights: {made_of}. "
-        f"Several edits add up by `{card['aggregate']}`.",
+        f"{_kind(card)} for `{base['ref']}`, {len(card['targets'])} weights. "
+        f"Several edits are joined by `{card['aggregate']}`.",
         "",
         "| | |",
         "|---|---|",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from editors.base_model import BaseModel
+from editors.checkpoint import build_editor, read_card, read_weights
 from editors.errors import BaseModelMismatch, CheckpointUnreadable, EditorsError, TargetsError
-from editors.mend.checkpoint import build_editor, read_card, read_weights
 from editors.mend.editor import MendEditor
 from editors.targets import named_targets
 

@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from editors.base_model import BaseModel
-from editors.mend.checkpoint import read_card, save_checkpoint, write_card
+from editors.checkpoint import read_card, save_checkpoint, write_card
 from editors.mend.variant import Variant
-from editors.mend.verification import verify_checkpoint
+from editors.verification import verify_checkpoint
 from tests.small import small_base, small_editor
 
 
@@ -64,7 +64,7 @@ class TestSound:
         assert outcome(folder, None) == dict.fromkeys(("card", "digest", "tensors", "finite"), True)
 
     def test_the_shipped_editor_is(self):
-        shipped = Path(__file__).parents[3] / "checkpoints" / "smollm2-135m-instruct"
+        shipped = Path(__file__).parents[2] / "checkpoints" / "smollm2-135m-instruct"
         assert failures(shipped, None) == {}
 
 
