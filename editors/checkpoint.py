@@ -243,13 +243,13 @@ def _replace(path: Path, raw: bytes) -> None:
     os.replace(draft, path)
 
 
-def _kind(card: dict[str, Any]) -> str:
+def made_of(card: dict[str, Any]) -> str:
+    """What an editor is made of, in words."""
     if card.get("method", MEND) == TrainingFreeEditor.method:
-        return "An editor without training (the natural gradient)"
+        return "the natural gradient, without training"
     if card["aggregate"] == KeyedEditor.aggregate:
-        return f"A MEND editor (arXiv:2110.11309), rank {card['rank']}, keyed at the subject's last token,"
-    made_of = Variant(rank=card["rank"], **card.get("variant", {}))
-    return f"A MEND editor (arXiv:2110.11309), {made_of},"
+        return f"rank {card['rank']}, keyed at the subject's last token"
+    return str(Variant(rank=card["rank"], **card.get("variant", {})))
 
 
 def _markdown(card: dict[str, Any]) -> str:
@@ -258,7 +258,8 @@ def _markdown(card: dict[str, Any]) -> str:
     lines = [
         f"# {card['name']}",
         "",
-        f"{_kind(card)} for `{base['ref']}`, {len(card['targets'])} weights. "
+        f"{'A MEND editor (arXiv:2110.11309)' if card.get('method', MEND) == MEND else 'An editor'} for "
+        f"`{base['ref']}`, {len(card['targets'])} weights: {made_of(card)}. "
         f"Several edits are joined by `{card['aggregate']}`.",
         "",
         "| | |",

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from editors.base_model import BaseModel
-from editors.checkpoint import build_editor, read_card, read_weights
+from editors.checkpoint import Editor, build_editor, made_of, read_card, read_weights
 from editors.errors import BaseModelMismatch, CheckpointUnreadable, EditorsError, TargetsError
-from editors.mend.editor import MendEditor
 from editors.targets import named_targets
 
 Found = TypeVar("Found")
@@ -48,7 +47,7 @@ def verify_checkpoint(folder: Path, base: BaseModel | None = None) -> list[Check
     editor = None
     if raw is not None:
         editor = attempt(
-            "tensors", lambda: build_editor(folder, card, raw), lambda e: f"{len(e.targets)} weights, {e.variant}"
+            "tensors", lambda: build_editor(folder, card, raw), lambda e: f"{len(e.targets)} weights, {made_of(card)}"
         )
     if editor is not None:
         attempt("finite", lambda: _require_finite(editor), lambda count: f"{count} numbers")
@@ -59,7 +58,7 @@ def verify_checkpoint(folder: Path, base: BaseModel | None = None) -> list[Check
     return checks
 
 
-def _require_finite(editor: MendEditor) -> int:
+def _require_finite(editor: Editor) -> int:
     tensors = editor.state_dict()
     if infinite := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise CheckpointUnreadable(f"there is NaN or infinity in {', '.join(infinite)}")
@@ -72,9 +71,9 @@ def _require_same(card: dict[str, Any], base: BaseModel) -> str:
     return base.digest
 
 
-def _require_targets(editor: MendEditor, base: BaseModel) -> list[str]:
-    there = named_targets(base.model, [target.name for target in editor.targets])
-    other = [mine.name for mine, theirs in zip(editor.targets, there, strict=True) if mine != theirs]
+def _require_targets(editor: Editor, base: BaseModel) -> list[str]:
+    there = named_targets(base.model, [target.name for target in editor.captured])
+    other = [mine.name for mine, theirs in zip(editor.captured, there, strict=True) if mine != theirs]
     if other:
         raise TargetsError(f"the base model has other shapes or layouts of {', '.join(other)}")
     return [target.name for target in there]

@@ -20,6 +20,8 @@ CHUNK_TOKENS = 128
 """Length of the pieces of a file: each is predicted from its own beginning."""
 MAX_CHUNKS = 32
 OWN_TEXTS = 32
+OWN_SEED = 1 << 32
+"""Added to the seed, so that these are not the very samples that training keeps as they are."""
 
 
 def read_text(base: BaseModel, path: Path) -> list[Tokens]:
@@ -44,7 +46,7 @@ def own_text(base: BaseModel, seed: int) -> list[Tokens]:
     """Texts of the base model's own; a classifier writes none."""
     if base.kind == "classifier":
         return []
-    samples = own_samples(base, OWN_TEXTS, seed)
+    samples = own_samples(base, OWN_TEXTS, OWN_SEED + seed)
     if base.kind == "decoder":
         return [replace(sample, prompt=sample.prompt[:1], target=sample.prompt[1:]) for sample in samples]
     return samples

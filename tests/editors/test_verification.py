@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from editors.base_model import BaseModel
 from editors.checkpoint import read_card, save_checkpoint, write_card
 from editors.mend.variant import Variant
+from editors.training_free.calibration import calibrate
 from editors.verification import verify_checkpoint
-from tests.small import small_base, small_editor
+from tests.small import small_base, small_editor, small_keyed_editor
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,16 @@ class TestSound:
         save_checkpoint(tmp_path, small_editor(base, variant=variant), base, {})
         names = ("card", "digest", "tensors", "finite", "base model", "targets")
         assert outcome(tmp_path, base) == dict.fromkeys(names, True)
+
+    @pytest.mark.parametrize(
+        ("make", "words"),
+        [(small_keyed_editor, "rank 4, keyed at the subject's last token"), (calibrate, "natural gradient")],
+    )
+    def test_passes_every_check_where_edits_are_joined_by_least_squares(self, base, tmp_path, make, words):
+        save_checkpoint(tmp_path, make(base), base, {})
+        found = {check.name: check for check in verify_checkpoint(tmp_path, base)}
+        assert all(check.ok for check in found.values())
+        assert words in found["tensors"].detail
 
     def test_says_what_was_found(self, linear, folder):
         found = {check.name: check.detail for check in verify_checkpoint(folder, linear)}
@@ -106,6 +117,19 @@ class TestUnsound:
         card = json.loads((folder / "card.json").read_text())
         (folder / "card.json").write_text(json.dumps({**card, name: value}))
         assert list(failures(folder, linear)) == ["tensors"]
+
+    @pytest.mark.parametrize("value", ["2", None, -1, float("nan"), float("inf")])
+    def test_with_a_margin_that_is_none(self, linear, folder, value):
+        card = json.loads((folder / "card.json").read_text())
+        (folder / "card.json").write_text(json.dumps({**card, "margin_nats": value}))
+        assert f"margin_nats {value!r}" in failures(folder, linear)["card"]
+
+    def test_by_a_method_of_another_version(self, linear, folder):
+        card = json.loads((folder / "card.json").read_text())
+        (folder / "card.json").write_text(json.dumps({**card, "method": "clairvoyance"}))
+        assert failures(folder, linear)["card"].endswith(
+            "is of an editor by 'clairvoyance'; this version knows mend, training-free"
+        )
 
     @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
     def test_with_a_number_that_is_none(self, linear, folder, wrong):

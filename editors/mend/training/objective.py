@@ -29,8 +29,9 @@ LOSSES = ("edit", "neighbour", "unrelated", "loss")
 VALIDATION_BATCH = 32
 Where = tuple[list[int], list[int]]
 """Row and position of each prediction that is wanted."""
-PASSES = 3
-"""In which the texts of a micro-batch are run, the short ones first."""
+PASS_TOKENS = 1000
+"""Of the texts of a micro-batch that are run together, their padding included, short ones first. Fewer do not keep a
+processor busy, and with more texts of one batch there is more padding."""
 UNRELATED = 2
 """Unrelated texts of each edit in a validation."""
 
@@ -98,15 +99,17 @@ class Objective:
         captured: from `capture`. rng: chooses where locality is scored.
         """
         changes = self._changes(batch, captured)
-        # Targets
-        targets = [text.tokens for text in batch.targets]
-        logits = self._edited_logits(changes, batch, batch.targets, batch.target_owner, _scored(batch.targets))
-        nll = target_losses(logits, targets, scored_positions(targets, self._device)[0]).mean()
-        # Locality
-        where = locality_positions(rng, batch.locality)
+        wanted, where = _scored(batch.targets), locality_positions(rng, batch.locality)
         with torch.no_grad(), self._precision():
             base = self._base_logits(batch.locality, where)
-        changed = self._edited_logits(changes, batch, batch.locality, batch.locality_owner, where)
+        texts, owner = [*batch.targets, *batch.locality], [*batch.target_owner, *batch.locality_owner]
+        moved = [row + len(batch.targets) for row in where[0]]
+        logits = self._edited_logits(changes, batch, texts, owner, (wanted[0] + moved, wanted[1] + where[1]))
+        said, changed = logits.split([len(wanted[0]), len(moved)])
+        # Targets
+        targets = [text.tokens for text in batch.targets]
+        nll = target_losses(said, targets, scored_positions(targets, self._device)[0]).mean()
+        # Locality
         divergence = _Divergence.apply(changed.float(), base.float())
         rows = torch.tensor(where[0], device=self._device)
         per_text = torch.zeros(len(batch.locality), device=self._device).index_add(0, rows, divergence)
@@ -195,11 +198,9 @@ class Objective:
 
         run: given indexes of texts, and row among them and position of each prediction that is wanted.
         """
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index].tokens.inputs))
-        size = math.ceil(len(order) / PASSES)
         found, wanted = [], []
-        for start in range(0, len(order), size):
-            place = {index: row for row, index in enumerate(order[start : start + size])}
+        for part in _passes(texts):
+            place = {index: row for row, index in enumerate(part)}
             own = [number for number, row in enumerate(where[0]) if row in place]
             rows = torch.tensor([place[where[0][number]] for number in own], device=self._device)
             positions = torch.tensor([where[1][number] for number in own], device=self._device)
@@ -225,6 +226,17 @@ class Objective:
         if self.config.precision == "float32":
             return nullcontext()
         return torch.autocast(self._device.type, torch.bfloat16)
+
+
+def _passes(texts: Sequence[Text]) -> Iterator[list[int]]:
+    """Indexes of texts that are run together."""
+    part: list[int] = []
+    for index in sorted(range(len(texts)), key=lambda index: len(texts[index].tokens.inputs)):
+        if part and (len(part) + 1) * len(texts[index].tokens.inputs) > PASS_TOKENS:
+            yield part
+            part = []
+        part.append(index)
+    yield part
 
 
 def _scored(texts: Sequence[Text]) -> Where:
