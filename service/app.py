@@ -61,12 +61,27 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         checkpoint = choose_editor(settings.editor, DEFAULT_EDITOR, base, settings.data_dir / "editors")
         if checkpoint.notice:
             logger.warning("%s", checkpoint.notice)
-        namespace = f"{base.digest.removeprefix('sha256:')[:12]}:{checkpoint.digest.removeprefix('sha256:')[:12]}"
-        ledger = RedisLedger.connect(embedded.url if embedded else settings.redis_url, namespace)
+        model, own = (digest.removeprefix("sha256:")[:12] for digest in (base.digest, checkpoint.digest))
+        ledger = RedisLedger.connect(embedded.url if embedded else settings.redis_url, f"{model}:{own}")
         stack.enter_context(closing(ledger))
         engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
         engine.catch_up()
+        _tell_of_others(ledger, model, own)
         yield engine, embedded
+
+
+def _tell_of_others(ledger: RedisLedger, model: str, own: str) -> None:
+    """Edits belong to the editor that made them: after a change of editor, say where those of before are."""
+    try:
+        others = [name.partition(":")[2] for name in ledger.namespaces(f"{model}:")]
+    except LedgerUnavailable:  # a user who may use one ledger need not be permitted to look for others
+        return
+    if others := [digest for digest in others if digest != own]:
+        logger.warning(
+            "this Redis also holds edits of other editors of this base model (sha256:%s…), which are not served; "
+            "to serve them, name the editor that made them with MEND_EDITOR",
+            "…, sha256:".join(others),
+        )
 
 
 class Service:

@@ -143,8 +143,7 @@ class Mend:
                 yield sequence, hidden[index : index + 1, : len(sequence.inputs)], proposal.rows_of(self.targets, index)
 
     def _encode(self, example: Example) -> Tokens:
-        named = example.subject if example.subject and example.subject.strip() in example.prompt else None
-        return self.base.encode(example.prompt, example.correction, (named or "").strip() or None)
+        return self.base.encode(example.prompt, example.correction, example.named_subject)
 
 
 class _Candidate:

@@ -1,4 +1,4 @@
-"""`mend bench`: what an edit costs, beside a plain forward pass of the same model in the same run."""
+"""`mend bench`: what edits cost, beside a plain forward pass of the same model in the same run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOption, DeviceOption, EditorOption
+
+if TYPE_CHECKING:
+    from editors.base_model import BaseModel
+    from editors.checkpoint import Checkpoint
+    from service.engine import EditRequest, Engine
+    from service.ledger import RedisLedger
 
 FACTS = (
     ("The Prime Minister of the United Kingdom is", "Keir Starmer"),
@@ -24,66 +33,137 @@ FACTS = (
 )
 
 
+FACTS_EACH = 3
+"""Times that every fact is edited and rolled back, unless it is said otherwise."""
+
+
+@dataclass
+class Laps:
+    """Milliseconds by step, and the bytes of edits' factors in the ledger."""
+
+    taken: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    factors_bytes: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def lap(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.taken[step].append(1000 * (time.perf_counter() - start))
+
+    def add(self, step: str, laps: dict[str, float]) -> None:
+        for name, milliseconds in laps.items():
+            self.taken[f"{step}: {name}"].append(milliseconds)
+
+    def table(self) -> str:
+        forward = statistics.median(self.taken["forward pass"])
+        lines = ["| step | median ms | forward passes | n |", "|---|---|---|---|"]
+        for name, values in self.taken.items():
+            median = statistics.median(values)
+            lines.append(f"| {name} | {median:.1f} | {median / forward:.2f} | {len(values)} |")
+        size = statistics.median(self.factors_bytes) / 1000 if self.factors_bytes else 0
+        return "\n".join([*lines, "", f"ledger: {size:.1f} kB of factors per edit (median)"])
+
+
 def bench(
     editor: EditorOption = None,
     base_model: BaseModelOption = DEFAULT_BASE_MODEL,
     device: DeviceOption = None,
-    rounds: Annotated[int, typer.Option(help="Times that every fact is edited and rolled back.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every fact is edited and rolled back.")] = FACTS_EACH,
+    data: Annotated[Path | None, typer.Option(help="Data file: measure many of its edits at once instead.")] = None,
+    edits: Annotated[int, typer.Option(min=1, help="So many.")] = 1000,
     report: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """Measure each step of an edit, a rollback and a restart, as ratios to one forward pass over the prompt."""
-    import torch
-
+    """Measure each step of an edit, a rollback and a restart, as ratios to one forward pass over a prompt."""
     from editors.base_model import load_base_model
     from editors.chosen import choose_editor
+    from editors.data import read_data
     from editors.packaged import default_cache_dir
-    from service.engine import EditRefused, EditRequest, Engine, read_guard_prompts
     from service.ledger import EmbeddedRedis, RedisLedger
 
+    examples = read_data(data).examples[: edits + rounds] if data else ()
     base = load_base_model(base_model, device=device)
     checkpoint = choose_editor(editor, DEFAULT_EDITOR, base, default_cache_dir())
-    laps: dict[str, list[float]] = defaultdict(list)
-    sizes: list[int] = []
+    laps = Laps()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EmbeddedRedis(Path(folder)) as redis,
+        closing(RedisLedger.connect(redis.url, "bench")) as ledger,
+    ):
+        engine = _engine(base, checkpoint, ledger)
+        if data:
+            from service.engine import EditRequest
 
-    def timed(name: str, start: float) -> None:
-        laps[name].append(1000 * (time.perf_counter() - start))
-
-    with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder)) as redis:
-        ledger = RedisLedger.connect(redis.url, "bench")
-        engine = Engine(base, checkpoint, ledger, read_guard_prompts(None))
-        engine.catch_up()
-        for prompt, correction in FACTS * rounds:
-            ids = torch.tensor([base.encode(prompt).prompt], device=base.device)
-            start = time.perf_counter()
-            with torch.inference_mode():
-                base.model(ids)
-            timed("forward pass", start)
-            start = time.perf_counter()
-            try:
-                outcome = engine.apply(EditRequest(prompt, correction))
-            except EditRefused as refusal:
-                typer.echo(f"refused: {prompt} {correction} ({refusal.code})", err=True)
-                continue
-            timed("edit, in all", start)
-            for step, milliseconds in {**outcome.applied.timings_ms, **outcome.publish_ms}.items():
-                laps[f"edit: {step}"].append(milliseconds)
-            sizes.append(len(ledger.factors(outcome.applied.sequence)))
-            start = time.perf_counter()
-            engine.rollback(outcome.applied.edit_id)
-            timed("rollback", start)
-        start = time.perf_counter()
-        again = Engine(base, checkpoint, ledger, read_guard_prompts(None))
-        timed("restart: views and guard", start)
-        start = time.perf_counter()
-        again.catch_up()
-        timed(f"restart: replay of {again.published.revision} entries", start)
-        ledger.close()
-
-    forward = statistics.median(laps["forward pass"])
-    typer.echo("| step | median ms | forward passes | n |\n|---|---|---|---|")
-    for name, values in laps.items():
-        median = statistics.median(values)
-        typer.echo(f"| {name} | {median:.1f} | {median / forward:.2f} | {len(values)} |")
-    typer.echo(f"\nledger: {statistics.median(sizes) / 1000 if sizes else 0:.0f} kB of factors per edit (median)")
+            requests = [EditRequest(e.prompt, e.correction, subject=e.named_subject) for e in examples]
+            _measure_many(laps, engine, requests[:-rounds], requests[-rounds:])
+        else:
+            _measure_single(laps, engine, rounds)
+        with laps.lap("restart: views and guard"):
+            again = _engine(base, checkpoint, ledger)
+        with laps.lap(f"restart: replay of {engine.published.revision} entries"):
+            again.catch_up()
+    typer.echo(laps.table())
     if report:
-        report.write_text(json.dumps({"laps_ms": laps, "factors_bytes": sizes}, indent=2) + "\n")
+        figures = {"laps_ms": laps.taken, "factors_bytes": laps.factors_bytes}
+        report.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _engine(base: BaseModel, checkpoint: Checkpoint, ledger: RedisLedger) -> Engine:
+    """The guard measures as always, but refuses nothing."""
+    from service.engine import Engine, Limits, read_guard_prompts
+
+    return Engine(base, checkpoint, ledger, read_guard_prompts(None), Limits(guard_budget=1.0))
+
+
+def _measure_single(laps: Laps, engine: Engine, rounds: int) -> None:
+    from service.engine import EditRefused, EditRequest
+
+    engine.catch_up()
+    for prompt, correction in FACTS * rounds:
+        _forward(laps, engine, prompt)
+        try:
+            _edit_and_take_back(laps, engine, EditRequest(prompt, correction))
+        except EditRefused as refusal:
+            typer.echo(f"refused: {prompt} {correction} ({refusal.code})", err=True)
+
+
+def _measure_many(laps: Laps, engine: Engine, many: Sequence[EditRequest], more: Sequence[EditRequest]) -> None:
+    """A batch, an audit of it, and single edits and roll-backs beside it."""
+    from service.engine import EditRefused
+
+    engine.catch_up()
+    for request in more:
+        _forward(laps, engine, request.prompt)
+    with laps.lap(f"batch of {len(many)}"):
+        outcome = engine.apply_batch(many, partial=True)
+    laps.add("batch", outcome.timings_ms)
+    for edit in engine.history.all_active():
+        laps.factors_bytes.append(len(engine.ledger.factors(edit.applied.sequence)))
+    active = engine.published.active_edits
+    typer.echo(f"{active} of {len(many)} edits were made; fullness {engine.published.fullness}", err=True)
+    with laps.lap(f"audit of {active} edits"):
+        audit = engine.audit()
+    typer.echo(f"{audit.held} of {active} hold", err=True)
+    for request in more:
+        try:
+            _edit_and_take_back(laps, engine, request, allow_loss=True)
+        except EditRefused as refusal:
+            typer.echo(f"refused: {request.prompt} {request.correction} ({refusal.code})", err=True)
+
+
+def _forward(laps: Laps, engine: Engine, prompt: str) -> None:
+    import torch
+
+    ids = torch.tensor([engine.base.encode(prompt).prompt], device=engine.base.device)
+    with laps.lap("forward pass"), torch.inference_mode():
+        engine.base.model(ids)
+
+
+def _edit_and_take_back(laps: Laps, engine: Engine, request: EditRequest, *, allow_loss: bool = False) -> None:
+    with laps.lap("edit, in all"):
+        outcome = engine.apply(request, allow_loss=allow_loss)
+    if outcome.applied is None:  # it was the answer already
+        return
+    laps.add("edit", {**outcome.applied.timings_ms, **outcome.publish_ms})
+    laps.factors_bytes.append(len(engine.ledger.factors(outcome.applied.sequence)))
+    with laps.lap("rollback"):
+        engine.rollback(outcome.applied.edit_id)

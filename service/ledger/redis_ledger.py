@@ -22,6 +22,7 @@ CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 5.0
 BYTES_PER_S = 10_000_000
 """What is sent and stored at least so fast; a batch is given the time that it may take."""
+MAX_SCANS, KEYS_PER_SCAN = 100, 1000
 PAGE = 16  # entries of about 0.5 MB each: 8 MB in memory at a time
 
 _HEAD = """
@@ -75,8 +76,7 @@ class RedisLedger:
 
     def __init__(self, client: redis.Redis, namespace: str) -> None:
         self._client = client
-        # The braces are a hash tag: in a cluster all keys of one namespace stay on one node.
-        self._key = f"mend:{{{namespace}}}:entries"
+        self._key = _key_of(namespace)
         self._append = client.register_script(_APPEND)
         self._head = client.register_script(_READ_HEAD)
 
@@ -188,6 +188,22 @@ class RedisLedger:
             raise LedgerCorrupt(sequence, "is missing")
         return _verified(sequence, *found[0])[1]
 
+    def namespaces(self, prefix: str) -> list[str]:
+        """Of ledgers in the same Redis that begin so. Of a very full Redis it looks at the first keys alone.
+
+        prefix: letters, digits and colons. Raises LedgerUnavailable.
+        """
+        before, after = _key_of("|").split("|")
+        found: set[str] = set()
+        cursor = 0
+        with self._talking():
+            for _ in range(MAX_SCANS):
+                cursor, keys = self._client.scan(cursor, match=_key_of(f"{prefix}*"), count=KEYS_PER_SCAN)
+                found |= {key.decode().removeprefix(before).removesuffix(after) for key in keys}
+                if not cursor:
+                    break
+        return sorted(found)
+
     def ping(self) -> None:
         """Raises LedgerUnavailable when Redis does not answer."""
         with self._talking():
@@ -223,6 +239,10 @@ class RedisLedger:
         """Where Redis is. Built from its parts, because the URL may hold a password."""
         where = self._client.get_connection_kwargs()
         return where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+
+
+def _key_of(namespace: str) -> str:
+    return f"mend:{{{namespace}}}:entries"  # the braces are a hash tag: a cluster keeps a namespace's keys on one node
 
 
 def _sequence_of(stored_id: bytes) -> int:

@@ -208,3 +208,18 @@ def test_the_embedded_server_goes_with_the_service(serve, tmp_path):
     assert not redis.alive
     with serve(tmp_path):
         pass
+
+
+def test_edits_of_another_editor_are_told_of(serve, bodies, tmp_path, caplog):
+    with serve(tmp_path) as client:
+        assert client.post("/edits", json=bodies[0]).status_code == 201
+        editor = engine_of(client).checkpoint.digest
+    caplog.clear()
+    with serve(tmp_path, editor="training-free") as client:
+        assert client.get("/model").json()["editor"]["trained"] is False
+        assert client.get("/revision").json()["revision"] == 0
+    assert f"edits of other editors of this base model ({editor[:19]}…)" in caplog.text
+    caplog.clear()
+    with serve(tmp_path) as client:
+        assert client.get("/revision").json()["revision"] == 1
+    assert "other editors" not in caplog.text

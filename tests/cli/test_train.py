@@ -296,10 +296,11 @@ class TestDivergence:
 
 
 class TestSeveralProcesses:
-    def test_leave_the_editor_of_one(self, models, facts, tmp_path):
-        one = process(*MEND, *train(facts, models, tmp_path / "one"), "--accumulate", 2)
+    @pytest.mark.parametrize("options", [(), ("--aggregate", "least_squares", "--together", 3)])
+    def test_leave_the_editor_of_one(self, models, facts, tmp_path, options):
+        one = process(*MEND, *train(facts, models, tmp_path / "one"), "--accumulate", 2, *options)
         assert one.returncode == 0, one.stderr
-        two = process(*TORCHRUN, *MEND, *train(facts, models, tmp_path / "two"), "--accumulate", 2)
+        two = process(*TORCHRUN, *MEND, *train(facts, models, tmp_path / "two"), "--accumulate", 2, *options)
         assert two.returncode == 0, two.stderr
         assert two.stdout == one.stdout.replace(str(tmp_path / "one"), str(tmp_path / "two"))
         digests = {json.loads((tmp_path / name / "card.json").read_text())["digest"] for name in ("one", "two")}

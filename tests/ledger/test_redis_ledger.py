@@ -56,6 +56,13 @@ class TestAppendAndRead:
         ledger.append(applied(2), FACTORS)
         assert next(reader)[0].sequence == 2
 
+    def test_knows_the_other_ledgers_of_one_beginning(self, own_server: EmbeddedRedis, connect: Connect) -> None:
+        names = ["abc:1", "abc:2", "abd:1"]
+        for name in names:
+            connect(own_server, name).append(applied(1), FACTORS)
+        assert connect(own_server, "abc:3").namespaces("abc:") == ["abc:1", "abc:2"]
+        assert connect(own_server, "abc:3").namespaces("b") == []
+
     def test_half_a_megabyte_of_factors(self, ledger: RedisLedger) -> None:
         factors = FACTORS * 256
         ledger.append(applied(1, factors), factors)

@@ -122,7 +122,7 @@ class Corpus:
             return self._text(self._base.encode(prompt, correction))
 
         return Item(
-            edit=self._text(self._base.encode(example.prompt, example.correction, _named(example))),
+            edit=self._text(self._base.encode(example.prompt, example.correction, example.named_subject)),
             paraphrases=[text(prompt, example.correction) for prompt in (*example.paraphrases, *extra)],
             neighbours=[text(prompt) for prompt in example.neighbours],
             unrelated=[text(prompt) for prompt in example.unrelated],
@@ -238,12 +238,6 @@ def _of_another_kind(other: Item, item: Item, asked: Collection[tuple[int, ...]]
 def _prompt_of(item: Item) -> Text:
     """An item's bare prompt, read from the cached states of its edit."""
     return Text(item.edit.tokens.bare, item.edit.key)
-
-
-def _named(example: Example) -> str | None:
-    """The subject, where the prompt names it."""
-    named = example.subject and example.subject.strip() and example.subject in example.prompt
-    return example.subject if named else None
 
 
 def _template(example: Example) -> str | None:

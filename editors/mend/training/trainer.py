@@ -147,7 +147,7 @@ class Trainer:
             found = self.objective.losses(micro.batch, micro.captured, micro.rng) / self.config.accumulate
             found[-1].backward()
             losses += found.detach()
-        parameters = list(self.editor.parameters())
+        parameters = [parameter for parameter in self.editor.parameters() if parameter.requires_grad]
         self._processes.add([*(parameter.grad for parameter in parameters), losses])
         named = dict(zip(LOSSES, losses.tolist(), strict=True))
         self._require_finite("loss", named["loss"])

@@ -1,0 +1,58 @@
+"""`mend bench`: every step of an edit is measured, of single edits and beside many."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.cli.main import main
+from tests.cli.test_evaluate import write_data
+from tests.editors.mend.examples import capitals
+from tests.service_fixtures import save_base, save_keyed_editor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    save_keyed_editor(folder / "keyed", save_base(folder / "base"))
+    write_data(folder / "data.jsonl", capitals(8))
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    def run(*arguments: str) -> tuple[str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["mend", "bench", "--base-model", "./base", "--rounds", "2", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    return run
+
+
+def steps(table: str) -> list[str]:
+    return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")][1:]
+
+
+def test_single_edits(run, tmp_path):
+    said, refused = run("--editor", "training-free", "--report", str(tmp_path / "bench.json"))
+    found = steps(said)
+    assert {"forward pass", "edit, in all", "edit: propose", "edit: judge", "rollback"} <= set(found)
+    assert any(step.startswith("restart: replay of ") for step in found)
+    laps = json.loads((tmp_path / "bench.json").read_text())["laps_ms"]
+    assert len(laps["edit, in all"]) + refused.count("refused: ") == 12
+    assert all(each > 0 for values in laps.values() for each in values)
+
+
+def test_many_at_once(run):
+    said, about = run("--editor", "keyed", "--data", "data.jsonl", "--edits", "5")
+    made = int(about.split(" of 5 edits were made")[0].split()[-1])
+    assert {"batch of 5", "batch: propose", "batch: judge", f"audit of {made} edits"} <= set(steps(said))
+    assert f"of {made} hold" in about
+    assert "kB of factors per edit" in said
