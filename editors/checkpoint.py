@@ -1,9 +1,9 @@
 """A trained editor on disk: a folder with `editor.safetensors` and its card, in JSON and in Markdown.
 
-The card says what the editor was trained for and on, by which command, and what it measured. What gives the tensors
-their meaning (base model, targets, variant, signs) stands in the header of the weights' file too, under its digest.
-The networks' matrices are stored in float16 (training ends by measuring the stored ones) unless the caller wants them
-exact, everything else in float32.
+The card says what the editor was trained for and on, by which command, and what it measured; `notes`, in Markdown, are
+its author's own. What gives the tensors their meaning (base model, targets, variant, signs) stands in the header of the
+weights' file too, under its digest. The networks' matrices are stored in float16 (training ends by measuring the stored
+ones) unless the caller wants them exact, everything else in float32.
 """
 
 from __future__ import annotations
@@ -243,6 +243,10 @@ def _replace(path: Path, raw: bytes) -> None:
     os.replace(draft, path)
 
 
+def _shown(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
 def made_of(card: dict[str, Any]) -> str:
     """What an editor is made of, in words."""
     if card.get("method", MEND) == TrainingFreeEditor.method:
@@ -282,8 +286,14 @@ def _markdown(card: dict[str, Any]) -> str:
         lines += ["", "Trained by:", "", "```", card["command"], "```"]
     if "validation" in card:
         lines += ["", "Validation during training (teacher-forced):", "", "| figure | value |", "|---|---|"]
-        measured = {name: "not measured" if v is None else f"{v:.3f}" for name, v in card["validation"].items()}
-        lines += [f"| {name} | {value} |" for name, value in measured.items()]
+        lines += [f"| {name} | {_shown(value)} |" for name, value in card["validation"].items()]
+    if "growth" in card:
+        lines += ["", "The same where λ grows as a power of the number of edits; the best was taken:", ""]
+        lines += ["| power | " + " | ".join(card["validation"]) + " |", "|---" * (1 + len(card["validation"])) + "|"]
+        for growth, figures in card["growth"].items():
+            lines.append(f"| {growth} | " + " | ".join(map(_shown, figures.values())) + " |")
+    if "notes" in card:
+        lines += ["", card["notes"]]
     for result in card.get("results", []):
         lines += ["", f"Measured by `{result['command']}`:", "", result["table"]]
     if "config" in card:

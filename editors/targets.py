@@ -45,9 +45,9 @@ MLP_BY_FAMILY = {
 }
 """Per `config.model_type`: the MLP projections, by module name inside a block."""
 
-KEYED_DEPTH = 0.23
+KEYED_DEPTH = 0.27
 """Of a decoder's blocks: where edits that are keyed at their subject are made. There other wordings of a fact have
-nearly the same key and other facts do not; further up the former fades."""
+nearly the same key, and what a thousand keys do to all other tokens is least; further up the former fades."""
 
 
 LATE_DEPTH = 0.9

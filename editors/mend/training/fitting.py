@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from editors.mend.training.corpus import Corpus
 from editors.mend.training.hidden import Text
 from editors.views import UpperBlocks
 
-TEXTS = 6000
+TEXTS = 12000
 """Read for the covariance, at most; a third of them for the gate."""
 BATCH = 64
-GATE_STEPS, GATE_RATE, GATE_PROMPTS = 400, 3e-3, 64
+GATE_STEPS, GATE_RATE, GATE_PROMPTS = 1200, 3e-3, 64
 
 
 @torch.no_grad()
@@ -78,17 +79,26 @@ def _inputs(
     def note(name: str):  # noqa: ANN202 - a hook
         return lambda _module, args: held.__setitem__(name, args[0].detach())
 
+    def stop(*_: object) -> None:
+        raise _Enough
+
     targets = upper.targets[: len(editor.targets)]
     handles = [upper.module.get_submodule(t.module).register_forward_pre_hook(note(t.name)) for t in targets]
+    handles.append(upper.module.get_submodule(targets[-1].module).register_forward_pre_hook(stop))
     try:
         for start in tqdm(range(0, len(ordered), BATCH), desc="covariance", unit="batch", disable=None):
             batch = ordered[start : start + BATCH]
             hidden = corpus.hidden.batch(batch)
-            upper.logits(hidden, [text.tokens for text in batch])
+            with suppress(_Enough):
+                upper.logits(hidden, [text.tokens for text in batch])
             yield batch, [held[t.name].reshape(len(batch), -1, t.d_in) for t in targets]
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Enough(Exception):
+    """What is above is not needed."""
 
 
 def _train_gate(editor: KeyedEditor, candidates: Sequence[tuple[Tensor, int]], rng: random.Random) -> float:

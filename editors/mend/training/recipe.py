@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from editors.base_model import BaseModel
-from editors.checkpoint import save_checkpoint
+from editors.checkpoint import load_checkpoint, save_checkpoint
 from editors.data import DataSet
 from editors.errors import TrainingOptionsInvalid
 from editors.mend.editor import MendEditor
@@ -22,6 +22,7 @@ from editors.mend.keyed import KeyedEditor
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Corpus
 from editors.mend.training.fitting import fit
+from editors.mend.training.growth import choose_growth
 from editors.mend.training.journal import Journal, require_tensorboard
 from editors.mend.training.objective import Validation
 from editors.mend.training.passages import PassageSet
@@ -102,8 +103,7 @@ def train(
             "validation_data": [_describe(data) for data in validation],
             "step": trainer.progress.step,
             "training_seconds": round(trainer.progress.seconds),
-            # JSON has no NaN: what could not be measured is null.
-            "validation": {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(figures).items()},
+            "validation": _figures(figures),
             "torch": torch.__version__,
         }
         save_checkpoint(folder, editor, base, facts)
@@ -126,7 +126,25 @@ def train(
                 journal.plot(trainer.curve, trainer.progress.history)
 
         trainer.run(on_step, on_best)
+    if isinstance(editor, KeyedEditor):
+        _settle(folder, base, trainer)
     return best[-1] if best else None
+
+
+def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> None:
+    """Choose what is not trained of the best editor, and keep it with that."""
+    checkpoint = load_checkpoint(folder, base)
+    trainer.editor.load_state_dict(checkpoint.editor.state_dict())
+    chosen, tried = choose_growth(trainer.editor, trainer.judgement)
+    by_growth = {f"{growth:g}": _figures(figures) for growth, figures in tried.items()}
+    save_checkpoint(
+        folder, trainer.editor, base, {**checkpoint.card, "validation": _figures(chosen), "growth": by_growth}
+    )
+
+
+def _figures(validation: Validation) -> dict[str, float | None]:
+    """JSON has no NaN: what could not be measured is null."""
+    return {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(validation).items()}
 
 
 def _new_editor(base: BaseModel, config: TrainingConfig, layers: Sequence[str] | None) -> MendEditor | KeyedEditor:

@@ -94,7 +94,7 @@ class Trainer:
         self.editor, self.corpus, self.config, self.folder = editor, corpus, config, folder
         objective = SetObjective if config.aggregate == "least_squares" else Objective
         self.objective = objective(editor, upper, corpus, config)
-        self._judgement = objective(editor, upper, held_out, config)
+        self.judgement = objective(editor, upper, held_out, config)
         self._processes = processes
         self._about = {"base model": "", **(about or {})}
         self.progress, self.curve = Progress(), Curve()
@@ -197,7 +197,7 @@ class Trainer:
 
     def validate(self) -> Validation:
         """Teacher-forced figures on held-out edits, always the same ones; the main process measures them."""
-        return self._processes.from_main(self._judgement.validate)
+        return self._processes.from_main(self.judgement.validate)
 
     @property
     def _device(self) -> torch.device:

@@ -94,7 +94,7 @@ class TestValidation:
         got = run.validate()
 
         rng = random.Random("validation")
-        judged = run._judgement
+        judged = run.judgement
         chosen = judged.corpus.choose(rng, run.config.validation_edits, together)
         batch = judged.corpus.draw(rng, chosen, self_share=0.0, unrelated=UNRELATED, together=together)
         proposal = run.editor(judged.capture(batch))

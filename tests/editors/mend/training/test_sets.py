@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -15,7 +16,7 @@ from editors.least_squares_editor import RIDGE
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Corpus, locality_positions
 from editors.mend.training.fitting import fit
-from editors.mend.training.objective import Objective
+from editors.mend.training.objective import Objective, Validation
 from editors.mend.training.recipe import _new_editor, train
 from editors.mend.training.trainer import Trainer
 from editors.text import Tokens
@@ -140,6 +141,11 @@ class TestLosses:
         assert unmoved == [name for name in before if name.startswith("gate")]
 
 
+def numbers(figures: dict[str, float | None]) -> dict[str, float]:
+    """A card's figures as they were: JSON has no NaN."""
+    return {name: math.nan if value is None else value for name, value in figures.items()}
+
+
 class TestRun:
     def test_goes_on_as_if_it_had_not_stopped(self, base, tmp_path):
         first = keyed_trainer(base, tmp_path / "cut", validate_every=2, steps=2, schedule="constant")
@@ -163,7 +169,15 @@ class TestRun:
         config = TrainingConfig(**KEYED)
         best = train(base, [data_set(capitals(2))], [data_set(languages())], config, tmp_path)
         assert best is not None
-        assert load_checkpoint(tmp_path, base).aggregate == "least_squares"
+        checkpoint = load_checkpoint(tmp_path, base)
+        assert checkpoint.aggregate == "least_squares"
+        tried = checkpoint.card["growth"]
+        scores = {growth: Validation(**numbers(figures)).score for growth, figures in tried.items()}
+        chosen = max(scores, key=scores.get)
+        assert len(scores) > 1
+        assert checkpoint.editor.growth.item() == pytest.approx(float(chosen))
+        assert checkpoint.card["validation"] == tried[chosen]
+        assert f"| {chosen} | " in (tmp_path / "card.md").read_text()
         assert "keyed at the subject's last token" in (tmp_path / "card.md").read_text()
 
     @pytest.mark.parametrize("family", ["t5", "bert"])
