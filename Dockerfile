@@ -16,6 +16,7 @@ RUN pip install --constraint docker/constraints.txt torch transformers
 COPY pyproject.toml LICENSE README.md ./
 COPY editors editors
 COPY service service
+COPY checkpoints checkpoints
 RUN pip install --constraint docker/constraints.txt .
 
 # The wheel is needed only for this conversion.
@@ -32,7 +33,6 @@ RUN useradd --uid 10001 --create-home mend \
 COPY --from=build /opt/mend /opt/mend
 COPY --from=build --chown=mend:mend /opt/cache/mend-service /opt/cache/mend-service
 COPY docker/healthcheck.py /opt/healthcheck.py
-COPY checkpoints /srv/mend/checkpoints
 
 ENV PATH=/opt/mend/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -40,11 +40,10 @@ ENV PATH=/opt/mend/bin:$PATH \
     MEND_HOST=0.0.0.0 \
     MEND_PORT=8000 \
     MEND_DATA_DIR=/var/lib/mend \
-    MEND_EDITOR=/srv/mend/checkpoints/smollm2-135m-instruct \
     MEND_DEVICE=cpu
 
 USER mend
-WORKDIR /srv/mend
+WORKDIR /var/lib/mend
 VOLUME /var/lib/mend
 EXPOSE 8000
 

@@ -68,7 +68,8 @@ def capture(upper: UpperBlocks, hidden: Tensor, sequences: Sequence[Tokens]) -> 
         with torch.enable_grad():
             rows, _ = scored_positions(sequences, hidden.device)
             losses = target_losses(upper.logits(hidden, sequences), sequences, rows)
-            loss_scale = FLOAT16_LOSS_SCALE if outputs[upper.targets[0].name].dtype == torch.float16 else 1.0
+            # Some keep single weights in float32, but what is above them passes gradients on in float16.
+            loss_scale = FLOAT16_LOSS_SCALE if upper.module.dtype == torch.float16 else 1.0
             # The examples are independent, so the gradient of the sum is each example's own gradient.
             gradients = torch.autograd.grad(
                 losses.sum() * loss_scale, [outputs[target.name] for target in upper.targets]

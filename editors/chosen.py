@@ -15,9 +15,9 @@ def choose_editor(named: str | Path | None, default: Path, base: BaseModel, cach
     """named: folder of a checkpoint, or `training-free`; without it `default` if that is for this base model.
 
     cache: folder in which the training-free editor is kept.
-    Raises CheckpointNotFound, CheckpointUnreadable, BaseModelMismatch, TargetsError, OSError.
+    Raises CheckpointNotFound, CheckpointUnreadable, BaseModelMismatch, TargetsError.
     """
-    if str(named) == TrainingFreeEditor.method or (named is None and not _fits(default, base)):
+    if named == TrainingFreeEditor.method or (named is None and not _fits(default, base)):
         return load_checkpoint(calibrated_folder(base, cache), base)
     return load_checkpoint(named or default, base)
 

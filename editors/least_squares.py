@@ -95,6 +95,7 @@ class LeastSquaresState:
         """By the digest of their bytes; a list as long as that edit is active times."""
         self._rows: Counter[str] = Counter()
         self._solved: dict[str, Ridge] = {}
+        self._normal: dict[str, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def quantise(rows: Rows, scale: float = 1.0) -> Factors:
@@ -133,6 +134,7 @@ class LeastSquaresState:
             self._rows[name] += rows[name]
         self.edits += sign * len(factors)
         self._solved.clear()
+        self._normal.clear()
 
     def _layers(self, factors: Iterable[Factors]) -> dict[str, list[LayerFactors]]:
         layers: dict[str, list[LayerFactors]] = {}
@@ -208,11 +210,12 @@ class LeastSquaresState:
 
     def _solution(self, name: str) -> Ridge:
         if name not in self._solved:
-            self._solved[name] = reproducibly(self._device, self._solve, name)
+            ridge = self._ridges[name].ridge(self._rows[name])
+            self._solved[name] = reproducibly(self._device, self._solve, name, ridge)
         return self._solved[name]
 
-    def _solve(self, name: str) -> Ridge:
-        target, ridge = self.targets[name], self._ridges[name].ridge(self._rows[name])
+    def _solve(self, name: str, ridge: float) -> Ridge:
+        target = self.targets[name]
         if self._rows[name] >= target.d_in:
             gram = self.grams[name].double() * 2.0 ** (-2 * BITS)
             return Ridge.primal(gram, self.products[name].double() * 2.0**-GRID_BITS, ridge)
@@ -260,19 +263,34 @@ class LeastSquaresState:
         digests = sorted(self._held)
         best = torch.zeros(len(digests), dtype=torch.float64, device=self._device)
         for name, (keys, _) in rows.items():
-            layers = [self._held[key][0].layers.get(name) for key in digests]
-            held = [layer for layer in layers if layer is not None]
-            if held and len(keys):
-                own = normalize(keys.to(self._device).double())
-                cosines = (normalize(self._stack(held)[0]) @ own.T).abs().amax(1)  # (rows held,)
-                counts = torch.tensor([layer.rows if layer is not None else 0 for layer in layers])
-                owners = torch.arange(len(digests)).repeat_interleave(counts).to(self._device)
+            held, owners = self._directions(name, digests)
+            if len(held) and len(keys):
+                cosines = (held @ normalize(keys.to(self._device).double()).T).abs().amax(1)  # (rows held,)
                 best.scatter_reduce_(0, owners, cosines.clamp(max=1), "amax")
         return sorted(zip(digests, best.tolist(), strict=True), key=lambda pair: -pair[1])
 
+    def _directions(self, name: str, digests: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """All held keys of one target, of length 1, (rows, d_in), and the place of each one's edit in `digests`."""
+        if name not in self._normal:
+            layers = [self._held[key][0].layers.get(name) for key in digests]
+            counts = torch.tensor([layer.rows if layer is not None else 0 for layer in layers], dtype=torch.int64)
+            held = [layer for layer in layers if layer is not None]
+            keys = normalize(self._stack(held)[0]) if held else torch.zeros(0, self.targets[name].d_in)
+            self._normal[name] = keys, torch.arange(len(digests)).repeat_interleave(counts).to(self._device)
+        return self._normal[name]
+
     def fullness(self) -> float:
-        """The largest share of a weight's d_in directions that is taken: tr(KᵀK (KᵀK + λI)⁻¹) / d_in, 0 to 1."""
-        return max(self._solution(name).degrees_of_freedom() / target.d_in for name, target in self.targets.items())
+        """The largest share of a weight's d_in directions that is taken: tr(KᵀK (KᵀK + λI)⁻¹) / d_in, 0 to 1.
+
+        With the λ of one row: one that grows hides how full it is.
+        """
+        return max(self._taken(name) / target.d_in for name, target in self.targets.items())
+
+    def _taken(self, name: str) -> float:
+        law = self._ridges[name]
+        if law.growth == 0:
+            return self._solution(name).degrees_of_freedom()
+        return reproducibly(self._device, self._solve, name, law.first).degrees_of_freedom()
 
 
 def _checked_law(target: Target, law: RidgeLaw | None) -> RidgeLaw:

@@ -53,9 +53,10 @@ class LeastSquaresEditor(nn.Module):
     def new_state(self, device: torch.device) -> LeastSquaresState:
         """The state that this editor's edits are joined in; with no edit yet."""
         named = {target.name: self.whitening(index).double() for index, target in enumerate(self.targets)}
+        # Rounded to float32, in which no two mathematics libraries differ: the digest depends on every bit.
+        firsts = torch.tensor([math.exp(log_first) for log_first in self.log_ridge.tolist()]).tolist()
         ridges = {
-            target.name: RidgeLaw(math.exp(log_first), self.growth.item())
-            for target, log_first in zip(self.targets, self.log_ridge.tolist(), strict=True)
+            target.name: RidgeLaw(first, self.growth.item()) for target, first in zip(self.targets, firsts, strict=True)
         }
         return LeastSquaresState(self.targets, named, ridges, device)
 

@@ -138,7 +138,7 @@ def last_projection(model: nn.Module) -> Target:
     """
     stack, blocks = find_stacks(model)[-1]
     block = f"{stack}.{min(len(blocks) - 1, round(LATE_DEPTH * len(blocks)))}"
-    width = model.get_input_embeddings().embedding_dim
+    width = model.config.get_text_config().hidden_size
     written = [
         name for name, module in model.named_modules()
         if name.startswith(f"{block}.") and _is_matrix(module) and _outputs(module) == width

@@ -17,12 +17,13 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from editors.base_model import load_base_model
+from editors.checkpoint import Checkpoint
 from editors.chosen import choose_editor
 from editors.errors import EditorsError
 from service.api import batch, problems
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
-from service.engine import Engine, EngineError, Limits, NotReady, read_guard_prompts
+from service.engine import EditorChanged, Engine, EngineError, Limits, NotReady, read_guard_prompts
 from service.ledger import EmbeddedRedis, EmbeddedRedisError, LedgerError, LedgerUnavailable, RedisLedger
 from service.settings import DEFAULT_EDITOR, Settings
 
@@ -66,22 +67,40 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         stack.enter_context(closing(ledger))
         engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
         engine.catch_up()
-        _tell_of_others(ledger, model, own)
+        _look_for_others(ledger, model, own, engine.published.revision == 0 and _is_new(settings, checkpoint))
         yield engine, embedded
 
 
-def _tell_of_others(ledger: RedisLedger, model: str, own: str) -> None:
-    """Edits belong to the editor that made them: after a change of editor, say where those of before are."""
+def _is_new(settings: Settings, checkpoint: Checkpoint) -> bool:
+    """Whether nobody asked for this editor by name, and no other machine has the like of it."""
+    return settings.editor is None and not checkpoint.trained
+
+
+def _look_for_others(ledger: RedisLedger, model: str, own: str, required: bool) -> None:
+    """Edits belong to the editor that made them: after a change of editor, say where those of before are.
+
+    required: nobody chose the change, so that it must not pass. Raises EditorChanged.
+    """
     try:
         others = [name.partition(":")[2] for name in ledger.namespaces(f"{model}:")]
     except LedgerUnavailable:  # a user who may use one ledger need not be permitted to look for others
         return
-    if others := [digest for digest in others if digest != own]:
-        logger.warning(
-            "this Redis also holds edits of other editors of this base model (sha256:%s…), which are not served; "
-            "to serve them, name the editor that made them with MEND_EDITOR",
-            "…, sha256:".join(others),
+    others = [f"sha256:{digest}…" for digest in others if digest != own]
+    if not others:
+        return
+    if required:
+        raise EditorChanged(
+            f"this Redis holds edits of this base model that were made with another editor ({', '.join(others)}), and "
+            "none of the training-free one here: name the one that made them with MEND_EDITOR (a training-free one is "
+            "in the folder `editors` of its service's MEND_DATA_DIR), or begin without those edits by "
+            "MEND_EDITOR=training-free",
+            editors=others,
         )
+    logger.warning(
+        "this Redis also holds edits of other editors of this base model (%s), which are not served; "
+        "to serve them, name the editor that made them with MEND_EDITOR",
+        ", ".join(others),
+    )
 
 
 class Service:

@@ -25,7 +25,7 @@ class Settings(BaseSettings):
         description="Folder of the embedded Redis and its files, and of training-free editors.",
     )
     base_model: str = Field(DEFAULT_MODEL, description="Hub id, model folder, or the packaged model's name.")
-    editor: Path | None = Field(
+    editor: str | None = Field(
         None,
         description="Folder of the editor's checkpoint, or training-free; without it the one that ships with the "
         "project, or training-free where that is for another base model.",

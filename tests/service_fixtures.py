@@ -175,7 +175,7 @@ class Folders:
     def settings(self, data_dir: Path) -> dict[str, object]:
         return {
             "base_model": str(self.base_model),
-            "editor": self.editor,
+            "editor": str(self.editor),
             "guard_prompts": self.guard_prompts,
             "guard_budget": LIMITS.guard_budget,
             "answer_tokens": LIMITS.answer_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -116,16 +116,23 @@ class Report:
 
 
 def over_counts(reports: Sequence[Report]) -> str:
-    """Markdown: one row per number of edits that are active at once and method, with 95 % intervals."""
+    """Markdown: one row per number of edits that are active at once and method, with 95 % intervals; first the base."""
     rows = [
         (int(report.setting.partition(" ")[2] or 1), report)
         for report in reports
         if report.setting == "single" or report.setting.startswith("batched")
     ]
     lines = ["| N | method | " + " | ".join(OVER_COUNTS) + " |", "|---" * (2 + len(OVER_COUNTS)) + "|"]
-    for count, report in sorted(rows, key=lambda row: row[0]):
-        cells = [str(report.figures[name]) if name in report.figures else "" for name in OVER_COUNTS.values()]
-        lines.append(f"| {count} | {report.method} | " + " | ".join(cells) + " |")
+
+    def add(count: int, method: str, figures: Mapping[str, Figure]) -> None:
+        cells = [str(figures[name]) if name in figures else "" for name in OVER_COUNTS.values()]
+        lines.append(f"| {count} | {method} | " + " | ".join(cells) + " |")
+
+    rows.sort(key=lambda row: row[0])
+    for _, report in rows[:1]:
+        add(0, "base", report.figures_before)
+    for count, report in rows:
+        add(count, report.method, report.figures)
     return "\n".join(lines)
 
 

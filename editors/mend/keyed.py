@@ -121,7 +121,8 @@ class KeyedEditor(LeastSquaresEditor):
         super().__init__(targets, FIRST_RIDGE)
         self.witness, self.rank = witness, rank
         self.networks = nn.ModuleList(ValueNetwork(t.d_in, t.d_out, witness.d_out, rank) for t in self.targets)
-        self.gate = Gate(self.targets[0].d_in, max(1, rank // 8))
+        # Trained before everything else, by itself.
+        self.gate = Gate(self.targets[0].d_in, max(1, rank // 8)).requires_grad_(False)
 
     @property
     def captured(self) -> tuple[Target, ...]:
@@ -162,6 +163,7 @@ class KeyedEditor(LeastSquaresEditor):
             edits=len(evidence),
         )
 
+    @torch.autocast("cuda", enabled=False)  # it has no solve in half precision
     def together(self, proposal: Proposal, size: int, targets: Sequence[Target]) -> Mapping[str, tuple[Tensor, Tensor]]:
         """What groups of `size` edits do together, for `views.edited` under the names of `targets`; differentiable.
 
@@ -169,8 +171,8 @@ class KeyedEditor(LeastSquaresEditor):
         """
         factored = {}
         for index, target in enumerate(targets):
-            keys = proposal.u[index].unflatten(0, (-1, size))  # (groups, size, d_in)
-            changes = proposal.delta[index].unflatten(0, (-1, size))
+            keys = proposal.u[index].float().unflatten(0, (-1, size))  # (groups, size, d_in)
+            changes = proposal.delta[index].float().unflatten(0, (-1, size))
             ridge = (self.log_ridge[index].exp() * size**self.growth) * torch.eye(size, device=keys.device)
             solved = torch.linalg.solve(keys @ keys.mT + ridge, changes)
             unwhitened = torch.linalg.solve_triangular(self.whitening(index).T, keys.flatten(0, 1).T, upper=True).T

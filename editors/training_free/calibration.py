@@ -12,10 +12,11 @@ import torch
 from editors.base_model import BaseModel
 from editors.capture import capture
 from editors.checkpoint import CARD, save_checkpoint
+from editors.errors import CheckpointUnreadable
 from editors.mend.training.samples import own_samples
 from editors.targets import last_projection
 from editors.text import Tokens
-from editors.training_free.editor import TrainingFreeEditor
+from editors.training_free.editor import TrainingFreeEditor, predicting_rows
 from editors.views import UpperBlocks
 
 logger = logging.getLogger("mend")
@@ -29,13 +30,12 @@ def calibrated_folder(base: BaseModel, parent: Path) -> Path:
     """The checkpoint of `base`'s training-free editor in `parent`, made there first where there is none.
 
     Another machine would not sample the same texts: edits belong to the folder that they were made with.
-    Raises TargetsError where there is no weight to edit, OSError.
+    Raises TargetsError where there is no weight to edit, CheckpointUnreadable where nothing can be kept in `parent`.
     """
     folder = parent / f"{TrainingFreeEditor.method}-{base.digest.removeprefix('sha256:')[:12]}"
     if not (folder / CARD).is_file():
         logger.info("calibrating the training-free editor in %s, once", folder)
-        parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}-"))
+        draft = _draft(parent, folder.name)
         try:
             facts = {"name": TrainingFreeEditor.method, "calibration": {"samples": SAMPLES, "seed": SEED}}
             save_checkpoint(draft, calibrate(base), base, facts)
@@ -44,6 +44,18 @@ def calibrated_folder(base: BaseModel, parent: Path) -> Path:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _draft(parent: Path, name: str) -> Path:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=parent, prefix=f".{name}-"))
+    except OSError as error:
+        raise CheckpointUnreadable(
+            f"the training-free editor cannot be kept in {parent} ({error.strerror}); name another place: "
+            "MEND_DATA_DIR for a service, XDG_CACHE_HOME for other commands",
+            file=str(parent),
+        ) from error
 
 
 def _put(draft: Path, folder: Path) -> None:
@@ -64,10 +76,16 @@ def calibrate(base: BaseModel) -> TrainingFreeEditor:
     for start in range(0, len(texts), BATCH):
         batch = texts[start : start + BATCH]
         found = capture(upper, upper.below([tokens.inputs for tokens in batch]), batch)
-        inputs.append(found.u[0])
-        gradients.append(found.delta[0])
+        rows = predicting_rows(found, 0)
+        inputs.append(found.u[0][rows])
+        gradients.append(found.delta[0][rows])
     weight = target.oriented(base.model.get_parameter(target.name))
-    editor.calibrate(0, torch.cat(inputs), torch.cat(gradients), weight)
+    try:
+        editor.calibrate(0, torch.cat(inputs), torch.cat(gradients), weight)
+    except torch.linalg.LinAlgError as error:
+        raise CheckpointUnreadable(
+            f"what {target.name} reads of the model's own texts is no number in {base.dtype}; load the model in float32"
+        ) from error
     return editor.requires_grad_(False)
 
 

@@ -11,7 +11,6 @@ trained editor adds is exactly that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +25,8 @@ from editors.text import LabelledTokens
 LAMBDA = 0.05
 FIRST_STEP = 0.5
 """Of what a weight usually writes: how far an edit alone moves its output at scale 1, where it moves it most."""
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Where the model is certain of the correction there is no gradient, and so no change."""
 
 
 class TrainingFreeEditor(LeastSquaresEditor):
@@ -65,7 +66,7 @@ class TrainingFreeEditor(LeastSquaresEditor):
         return Proposal(u, delta, example, len(capture.loss))
 
     def _propose(self, index: int, capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
-        rows = _predicting_rows(capture, index)
+        rows = predicting_rows(capture, index)
         u, delta, example = (
             capture.u[index][rows].float(),
             capture.delta[index][rows].float(),
@@ -75,14 +76,14 @@ class TrainingFreeEditor(LeastSquaresEditor):
         largest = torch.zeros(len(capture.loss), device=rows.device).scatter_reduce(
             0, example, along.norm(dim=-1), "amax"
         )
-        step = FIRST_STEP * getattr(self, f"unit_{index}") / largest.clamp(min=math.ulp(0.0))
+        step = FIRST_STEP * getattr(self, f"unit_{index}") / largest.clamp(min=SMALLEST)
         # A key is as long as 1, what it stands for is not: an edit's own output is to move by its step.
-        length = torch.linalg.solve_triangular(self.whitening(index), u.T, upper=False).norm(dim=0)
+        length = torch.linalg.solve_triangular(self.whitening(index), u.T, upper=False).norm(dim=0).clamp(min=SMALLEST)
         change = -(step[example] / length)[:, None] * along
         return self.keys(index, u), change, example
 
 
-def _predicting_rows(capture: Capture, index: int) -> Tensor:
+def predicting_rows(capture: Capture, index: int) -> Tensor:
     """Rows of one target at which the tokens of corrections are predicted, (rows,) int64."""
     counts = torch.bincount(capture.example[index], minlength=len(capture.loss))
     starts = (torch.cumsum(counts, 0) - counts).tolist()

@@ -58,7 +58,10 @@ STATUS_BY_CODE = {
 }
 """Every code that a client can meet, with its status."""
 
-UNEXPECTED = "an error on our side; it is in the service's log. Nothing was half-done"
+UNEXPECTED = (
+    "an error on our side; it is in the service's log. Nothing was half-done: what the ledger holds is made live with "
+    "the next request, and nothing else"
+)
 
 _BY_STATUS = {400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 

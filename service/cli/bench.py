@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -77,10 +78,19 @@ def bench(
     from editors.base_model import load_base_model
     from editors.chosen import choose_editor
     from editors.data import read_data
+    from editors.errors import DataFileError, ReportError
     from editors.packaged import default_cache_dir
     from service.ledger import EmbeddedRedis, RedisLedger
 
+    if report and (report.is_dir() or not report.parent.is_dir()):
+        raise ReportError(f"cannot write the report {report}: give a file in a folder that there is", file=str(report))
     examples = read_data(data).examples[: edits + rounds] if data else ()
+    if data and len(examples) <= rounds:
+        raise DataFileError(
+            f"{data} has {len(examples)} examples, and {rounds} (--rounds) are made one by one beside the others; "
+            "give more data",
+            file=str(data),
+        )
     base = load_base_model(base_model, device=device)
     checkpoint = choose_editor(editor, DEFAULT_EDITOR, base, default_cache_dir())
     laps = Laps()
@@ -108,10 +118,11 @@ def bench(
 
 
 def _engine(base: BaseModel, checkpoint: Checkpoint, ledger: RedisLedger) -> Engine:
-    """The guard measures as always, but refuses nothing."""
+    """The guard measures as always, but refuses nothing, as do limits."""
     from service.engine import Engine, Limits, read_guard_prompts
 
-    return Engine(base, checkpoint, ledger, read_guard_prompts(None), Limits(guard_budget=1.0))
+    limits = Limits(guard_budget=1.0, batch_edits=sys.maxsize)
+    return Engine(base, checkpoint, ledger, read_guard_prompts(None), limits)
 
 
 def _measure_single(laps: Laps, engine: Engine, rounds: int) -> None:

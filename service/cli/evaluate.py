@@ -6,6 +6,7 @@ import json
 import random
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -18,6 +19,7 @@ from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOpt
 
 if TYPE_CHECKING:
     from editors.base_model import BaseModel
+    from editors.checkpoint import Checkpoint
     from editors.data import DataSet, Example
     from editors.evaluation.methods import Mend, Method
     from editors.evaluation.protocols import Bench
@@ -77,15 +79,16 @@ def evaluate(
     base = load_base_model(base_model, device=device, dtype=getattr(torch, dtype) if dtype else None)
     cache = default_cache_dir()
     checkpoints = [choose_editor(named, DEFAULT_EDITOR, base, cache) for named in editor or [None]]
+    names = _names(checkpoints)
     mends = [
-        Mend(base, c.editor, c.margin_nats if margin is None else margin, c.name if len(checkpoints) > 1 else "mend")
-        for c in checkpoints
+        Mend(base, c.editor, c.margin_nats if margin is None else margin, name)
+        for c, name in zip(checkpoints, names, strict=True)
     ]
     texts = read_text(base, text) if text else own_text(base, seed)
     command = shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
     results: list[dict[str, Any]] = []
     for file in files:
-        examples, more, others = _chosen(file, last, limit)
+        examples, more, others = _chosen(file, last, limit, max([0, *batched, *accumulated]))
         bench = Bench(base, seed, texts, others)
         about = {
             "command": command,
@@ -120,6 +123,14 @@ def evaluate(
         write(checkpoint.folder, {**checkpoint.card, "results": kept + short})
 
 
+def _names(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """What editors are called in tables and plots, each differently."""
+    if len(checkpoints) == 1:
+        return ["mend"]
+    names = Counter(checkpoint.name for checkpoint in checkpoints)
+    return [c.name if names[c.name] == 1 else f"{c.name} {c.digest[7:15]}" for c in checkpoints]
+
+
 def _about(result: dict[str, Any]) -> tuple[str, str, str]:
     """What a result is of; cards of old know of MEND's single edits alone."""
     return result["data"], result.get("method", "mend"), result.get("setting", "single")
@@ -136,11 +147,15 @@ def _require_room(report: Path | None, plots: Path | None) -> None:
 
 
 def _chosen(
-    file: DataSet, last: int | None, limit: int | None
+    file: DataSet, last: int | None, limit: int | None, most: int
 ) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
-    """The examples that are measured, all that larger batches may take, and those of the file that are not measured."""
+    """The examples that are measured, all that larger batches may take, and those of the file that are not measured.
+
+    most: edits in the largest of these.
+    """
     early, late = file.split(last) if last else (file.split(0)[1], file)
-    return late.examples[:limit], late.examples, early.examples + late.examples[len(late.examples[:limit]) :]
+    examples = late.examples[:limit]
+    return examples, late.examples, early.examples + late.examples[max(len(examples), most) :]
 
 
 def _measured(

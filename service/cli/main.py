@@ -34,7 +34,10 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line. Expected errors end it with one clear line and exit status 1."""
+    from service.engine.errors import EngineError
+    from service.ledger.errors import EmbeddedRedisError, LedgerError
+
     try:
         app()
-    except EditorsError as error:
+    except (EditorsError, EngineError, LedgerError, EmbeddedRedisError) as error:
         sys.exit(f"mend: {error}")

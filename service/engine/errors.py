@@ -16,7 +16,8 @@
     ├── RevisionMismatch         the caller's expected revision is not the current one
     ├── IdempotencyKeyReused     the same key with another request
     ├── TextTooLong
-    └── LedgerDiverged           the ledger is not the one that this process has applied
+    ├── LedgerDiverged           the ledger is not the one that this process has applied
+    └── EditorChanged            the ledger's edits were made with another editor, which nobody took away on purpose
 
 They carry facts and a stable `code`, and know nothing of HTTP.
 """
@@ -106,3 +107,7 @@ class TextTooLong(EngineError):
 
 class LedgerDiverged(EngineError):
     code = "ledger_diverged"
+
+
+class EditorChanged(EngineError):
+    code = "editor_changed"

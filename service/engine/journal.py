@@ -31,9 +31,11 @@ class Journal:
     def commit(self, *stored: tuple[Entry, bytes]) -> dict[str, float]:
         """Make what is staged durable, with its factors, and then live. Returns the milliseconds of both steps.
 
-        Raises LedgerConflict, LedgerUnavailable, EntryInvalid; then nothing is live.
+        Raises LedgerConflict, LedgerUnavailable, EntryInvalid; then nothing is live. What fails later leaves what the
+        ledger then holds to the next `catch_up`.
         """
-        clock = Clock()
+        clock, (last, _) = Clock(), stored[-1]
+        published = self._weights.as_published(last.sequence, last.state_digest)
         if len(stored) == 1:
             self._ledger.append(*stored[0])
         else:
@@ -41,7 +43,8 @@ class Journal:
         clock.lap("commit")
         for entry, _ in stored:
             self._record(entry)
-        self._weights.publish(self._last.sequence, self._last.state_digest)
+        self._weights.settle()
+        self._weights.publish(published)
         clock.lap("publish")
         return clock.laps
 
@@ -76,7 +79,7 @@ class Journal:
                 actual=actual,
             )
         self._weights.write_candidate()
-        self._weights.publish(last.sequence, last.state_digest)
+        self._weights.publish(self._weights.as_published(last.sequence, last.state_digest))
 
     def _replay(self, entry: Entry, raw: bytes) -> None:
         """Take one entry of the ledger into the state. Raises LedgerDiverged when it does not follow on it."""

@@ -45,7 +45,8 @@ class Weights:
         self.pristine = View(base.model, UpperBlocks(base.model, checkpoint.editor.captured))
         self.live, self.candidate = self.another_view(), self.another_view()
         self._gate = Gate()
-        self.published = Published(0, self.state.digest(), 0, self.state.fullness())
+        self._settled = False
+        self.published = self.as_published(0, self.state.digest())
 
     def another_view(self) -> View:
         """A view with edited weights of its own, which begin as the base's."""
@@ -71,17 +72,17 @@ class Weights:
 
     @contextmanager
     def staged(self, *, add: Sequence[Factors] = (), remove: Sequence[Factors] = ()) -> Iterator[None]:
-        """The state and the candidate with these changes; the state keeps them only if they are published inside.
+        """The state and the candidate with these changes; the state keeps them only if they are settled inside.
 
         Raises StateError with everything as it was.
         """
-        before = self.published.revision
+        self._settled = False
         self.move(add=add, remove=remove)
         try:
             self.write_candidate()
             yield
         finally:
-            if self.published.revision == before:
+            if not self._settled:
                 self.move(add=remove, remove=add)
 
     @contextmanager
@@ -105,13 +106,20 @@ class Weights:
     def write_candidate(self) -> None:
         self.state.write(self._base.model, self.candidate.model)
 
-    def publish(self, revision: int, digest: str) -> None:
-        """Copy the candidate over the live weights: the only exclusive section. digest: of the state."""
-        published = Published(revision, digest, self.state.edits, self.state.fullness())
+    def as_published(self, revision: int, digest: str) -> Published:
+        """What is staged, as it will be told of when it is live. digest: of the state."""
+        return Published(revision, digest, self.state.edits, self.state.fullness())
+
+    def settle(self) -> None:
+        """The ledger holds what is staged: the state keeps it, whatever happens on the way to the live weights."""
+        self._settled = True
+
+    def publish(self, published: Published) -> None:
+        """Copy the candidate over the live weights: the only exclusive section."""
         with self._gate.publishing(), torch.no_grad():
             for name in self._own:
                 self.live.model.get_parameter(name).copy_(self.candidate.model.get_parameter(name))
             before, self.published = self.published, published
         warning = Capacity(published.fullness).warning
         if warning and not Capacity(before.fullness).warning:
-            logger.warning("revision %d: %s", revision, warning)
+            logger.warning("revision %d: %s", published.revision, warning)

@@ -25,6 +25,7 @@ BASES = {"engine_error", "edit_refused", "ledger_error", "editors_error", "state
 AT_START = {
     "base_model_error", "base_model_not_found", "base_model_unreadable", "checkpoint_error", "checkpoint_not_found",
     "checkpoint_unreadable", "base_model_mismatch", "targets_error", "embedded_redis_error", "device_unusable",
+    "editor_changed",
 }  # fmt: skip
 """End the process before it is ready; a Redis that cannot be brought back later is said by /readyz."""
 OF_COMMANDS = {

@@ -67,7 +67,7 @@ class TestNotReady:
         ("wrong", "says"),
         [
             ({"base_model": "/nowhere"}, "/nowhere"),
-            ({"editor": Path("/nowhere")}, "mend train"),
+            ({"editor": "/nowhere"}, "mend train"),
             ({"guard_prompts": Path("/nowhere")}, "MEND_GUARD_PROMPTS"),
             ({"dtype": "int3"}, "MEND_DTYPE"),
             ({"device": "nonsense"}, "MEND_DEVICE"),
@@ -97,7 +97,7 @@ class TestNotReady:
         (editor / "card.json").write_text(card.replace('"d_in"', '"nonsense"'))
         ended: list[bool] = []
         app = create_app(
-            Settings(**{**folders.settings(tmp_path), "editor": editor}), on_failure=lambda: ended.append(True)
+            Settings(**{**folders.settings(tmp_path), "editor": str(editor)}), on_failure=lambda: ended.append(True)
         )
         with TestClient(app):
             wait_until(lambda: bool(ended))
@@ -223,3 +223,19 @@ def test_edits_of_another_editor_are_told_of(serve, bodies, tmp_path, caplog):
     with serve(tmp_path) as client:
         assert client.get("/revision").json()["revision"] == 1
     assert "other editors" not in caplog.text
+
+
+def test_edits_of_another_editor_are_not_given_up_because_none_was_named(serve, folders, bodies, tmp_path):
+    """None that fits is shipped, so that the training-free one would be taken, which has made none of them."""
+    with serve(tmp_path / "data") as client:
+        assert client.post("/edits", json=bodies[0]).status_code == 201
+        editor = engine_of(client).checkpoint.digest
+    app = create_app(Settings(**{**folders.settings(tmp_path / "data"), "editor": None}))
+    with TestClient(app):
+        wait_until(lambda: bool(app.state.service.failure))
+    assert editor[:19] in app.state.service.failure
+    assert "MEND_EDITOR=training-free" in app.state.service.failure
+    with serve(tmp_path / "new", editor=None) as client:
+        made = client.get("/model").json()["editor"]
+    with serve(tmp_path / "new", editor=None) as client:
+        assert client.get("/model").json()["editor"] == made

@@ -29,7 +29,8 @@ def run(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["mend", "bench", "--base-model", "./base", "--rounds", "2", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        assert not ended.value.code
+        if ended.value.code:
+            raise ended.value
         said = capsys.readouterr()
         return said.out, said.err
 
@@ -48,6 +49,16 @@ def test_single_edits(run, tmp_path):
     laps = json.loads((tmp_path / "bench.json").read_text())["laps_ms"]
     assert len(laps["edit, in all"]) + refused.count("refused: ") == 12
     assert all(each > 0 for values in laps.values() for each in values)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [(["--data", "data.jsonl", "--rounds", "99"], "give more data"), (["--report", "none/x"], "folder")],
+)
+def test_what_cannot_be_measured_is_said_first(run, flags, word):
+    with pytest.raises(SystemExit) as ended:
+        run(*flags)
+    assert word in str(ended.value)
 
 
 def test_many_at_once(run):

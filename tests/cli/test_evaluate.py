@@ -108,7 +108,8 @@ class TestEvaluate:
         out = evaluate(run, "--editor", "keyed", "--batched", "3", "--limit", "2", "--baseline ft --tune 1",
                        "--report", "many.json")  # fmt: skip
         rows = [line.split(" | ")[:2] for line in out.partition("all active at once")[2].splitlines() if "|" in line]
-        assert rows[2:] == [[f"| {count}", method] for count in (1, 3) for method in ("one", "keyed", "ft")]
+        assert rows[2] == ["| 0", "base"]
+        assert rows[3:] == [[f"| {count}", method] for count in (1, 3) for method in ("one", "keyed", "ft")]
         found = json.loads((folders / "many.json").read_text())
         assert [(entry["method"], entry["examples"]) for entry in found] == [
             (method, count) for method in ("one", "keyed", "ft") for count in (2, 3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from editors.factors import digest, quantise_keyed
+from editors.least_squares import LeastSquaresState, RidgeLaw
 from tests.editors.keyed import (
     METRICS,
     MODELS,
@@ -103,6 +104,14 @@ class TestFullness:
                 np.trace(gram @ np.linalg.inv(gram + ridges[target.name].first * np.eye(len(gram)))) / len(gram)
             )
         assert state.fullness() == pytest.approx(max(shares), abs=1e-12)
+
+    def test_does_not_hide_behind_a_ridge_that_grows(self):
+        targets, (whitening, ridges) = TARGETS["linear"], METRICS["linear"]
+        grown = {name: RidgeLaw(law.first, 0.5) for name, law in ridges.items()}
+        state, other = new_state("linear"), LeastSquaresState(targets, whitening, grown)
+        for each in (state, other):
+            each.add(*(some_edit(targets, seed) for seed in range(1, 9)))
+        assert other.fullness() == pytest.approx(state.fullness(), abs=1e-9)
 
     def test_rises_from_nothing_and_never_above_one(self):
         state, seen = new_state("conv1d"), [0.0]

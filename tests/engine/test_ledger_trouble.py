@@ -39,6 +39,48 @@ def kill(server: EmbeddedRedis) -> None:
         pass
 
 
+class TestMemoryGone:
+    """An error that nobody foresaw, on either side of the moment in which an edit becomes durable."""
+
+    @pytest.fixture(params=["apply", "rollback"])
+    def change(self, request, open_engine, first, second):
+        engine = open_engine()
+        edit = engine.apply(first).applied
+        return engine, (lambda: engine.apply(second)) if request.param == "apply" else (
+            lambda: engine.rollback(edit.edit_id)
+        )
+
+    def fail_once(self, monkeypatch, engine, name):
+        def fail(*_: object) -> None:
+            monkeypatch.undo()
+            raise MemoryError
+
+        monkeypatch.setattr(engine.weights, name, fail)
+
+    def test_before_it_leaves_everything_as_it_was(self, change, monkeypatch):
+        engine, make = change
+        before = Standing.of(engine)
+        self.fail_once(monkeypatch, engine, "as_published")
+        with pytest.raises(MemoryError):
+            make()
+        assert Standing.of(engine) == before
+        make()
+        assert engine.published.revision == 2
+
+    def test_behind_it_the_next_request_brings_it_live(self, change, monkeypatch, open_engine):
+        engine, make = change
+        self.fail_once(monkeypatch, engine, "publish")
+        with pytest.raises(MemoryError):
+            make()
+        assert engine.ledger.head() == 2
+        assert engine.published.revision == 1
+        engine.catch_up()
+        again = open_engine(namespace_of(engine))
+        assert engine.published == again.published
+        assert engine.published.revision == 2
+        assert same_bits(live_weights(engine), live_weights(again))
+
+
 class TestRedisGone:
     def test_changes_nothing_goes_on_generating_and_recovers(self, open_engine, own_server, first, second):
         engine = open_engine(on=own_server)

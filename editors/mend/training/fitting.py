@@ -109,6 +109,7 @@ def _train_gate(editor: KeyedEditor, candidates: Sequence[tuple[Tensor, int]], r
     shuffled = shuffled[: len(shuffled) * 9 // 10]
     if not shuffled:
         return float("nan")
+    editor.gate.requires_grad_(True)
     optimiser = torch.optim.Adam(editor.gate.parameters(), lr=GATE_RATE)
     with torch.enable_grad():
         for _ in range(GATE_STEPS):

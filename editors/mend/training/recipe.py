@@ -127,12 +127,12 @@ def train(
 
         trainer.run(on_step, on_best)
     if isinstance(editor, KeyedEditor):
-        _settle(folder, base, trainer)
+        return _settle(folder, base, trainer)
     return best[-1] if best else None
 
 
-def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> None:
-    """Choose what is not trained of the best editor, and keep it with that."""
+def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> Validation:
+    """Choose what is not trained of the best editor, and keep it with that. Returns its figures then."""
     checkpoint = load_checkpoint(folder, base)
     trainer.editor.load_state_dict(checkpoint.editor.state_dict())
     chosen, tried = choose_growth(trainer.editor, trainer.judgement)
@@ -140,6 +140,7 @@ def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> None:
     save_checkpoint(
         folder, trainer.editor, base, {**checkpoint.card, "validation": _figures(chosen), "growth": by_growth}
     )
+    return chosen
 
 
 def _figures(validation: Validation) -> dict[str, float | None]:

@@ -76,7 +76,7 @@ def test_in_turn_each_holds_when_it_is_made(method):
             said = [int(whole[place].argmax()) for place in tokens.scored]
             assert said == list(tokens.target)
             kept += 1
-    assert kept >= 3
+    assert kept >= 2
     assert not any(parameter.requires_grad for parameter in upper.module.parameters())
 
 

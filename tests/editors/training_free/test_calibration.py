@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from editors.checkpoint import CARD, load_checkpoint
+from editors.errors import CheckpointUnreadable
 from editors.training_free import calibration
 from editors.training_free.calibration import calibrated_folder
 from tests.small import small_base
@@ -50,6 +51,12 @@ def test_leaves_nothing_behind_when_it_fails(base, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         calibrated_folder(base, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_says_where_it_cannot_be_kept(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointUnreadable, match="MEND_DATA_DIR"):
+        calibrated_folder(base, tmp_path / "file")
 
 
 def test_keeps_what_another_process_made_meanwhile(base, tmp_path, monkeypatch):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
 from editors.checkpoint import load_checkpoint, save_checkpoint
 from editors.scale import SCALES, search_scale
-from editors.targets import find_stacks
+from editors.targets import find_stacks, last_projection
 from editors.training_free.calibration import calibrate
 from editors.training_free.editor import FIRST_STEP, LAMBDA
 from editors.views import UpperBlocks, view
@@ -53,6 +56,19 @@ def test_takes_on_every_family(family):
         taken.append(max(search.margins) > 0)
     # These normalise what an MLP writes, so that one weight of a random model cannot overrule all that came before.
     assert any(taken) or family in ("gemma2", "gemma3_text")
+
+
+def test_takes_where_embeddings_are_narrower_than_blocks():
+    """As OPT-350m's are."""
+    torch.manual_seed(0)
+    config = OPTConfig(**{**SIZES["opt"], "word_embed_proj_dim": 16}, vocab_size=128, bos_token_id=None, pad_token_id=1)
+    assert last_projection(OPTForCausalLM(config)).name == f"model.decoder.layers.{BLOCKS - 1}.fc2.weight"
+
+
+def test_without_a_gradient_there_is_no_change(linear, editor):
+    _, _, found = captured(linear, editor, [linear.encode("The capital of France is", "Rome")])
+    certain = dataclasses.replace(found, delta=tuple(torch.zeros_like(delta) for delta in found.delta))
+    assert torch.equal(editor(certain).delta[0], torch.zeros(1, 32))
 
 
 def test_is_the_natural_gradient_of_the_models_own_texts(linear, editor):
