@@ -12,10 +12,29 @@ from editors.errors import DataFileError
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def read_records(raw: bytes, path: Path) -> Iterator[tuple[int, object]]:
-    """Every record with the line on which it begins."""
+    """Every record with the line on which it begins. Raises DataFileError."""
+    suspect = _SURROGATE.search(raw) is not None
+    line = 1
     try:
-        text = raw.decode()
+        for line, record in _records(raw, path):
+            if suspect:
+                json.dumps(record, ensure_ascii=False).encode()
+            yield line, record
+    except RecursionError as error:
+        raise DataFileError(f"{path}, after line {line}: nested too deeply", line=line) from error
+    except UnicodeEncodeError as error:
+        raise DataFileError(
+            f"{path}, line {line}: half of a surrogate pair ({error.object[error.start]!a}) is no text", line=line
+        ) from error
+
+
+def _records(raw: bytes, path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataFileError(f"{path} is not UTF-8 at byte {error.start}", file=str(path)) from error
     try:

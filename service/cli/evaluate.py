@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -15,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.options import DEFAULT_BASE_MODEL, DEFAULT_EDITOR, BaseModelOption, DeviceOption, Dtype
+from service.cli.options import (
+    DEFAULT_BASE_MODEL,
+    DEFAULT_EDITOR,
+    BaseModelOption,
+    DeviceOption,
+    Dtype,
+    command_line,
+)
 
 if TYPE_CHECKING:
     from editors.base_model import BaseModel
@@ -85,7 +90,7 @@ def evaluate(
         for c, name in zip(checkpoints, names, strict=True)
     ]
     texts = read_text(base, text) if text else own_text(base, seed)
-    command = shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])])
+    command = command_line()
     results: list[dict[str, Any]] = []
     for file in files:
         examples, more, others = _chosen(file, last, limit, max([0, *batched, *accumulated]))

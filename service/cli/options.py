@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -40,6 +42,7 @@ __all__ = [
     "DeviceOption",
     "Dtype",
     "EditorOption",
+    "command_line",
     "read_settings",
     "with_settings",
 ]
@@ -70,6 +73,18 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         sys.exit(f"mend: MEND_{name.upper()} is {first['input']!r}: {first['msg']}")
+
+
+def command_line() -> str:
+    """The command as it was given, with files by their names alone: where they lie is nobody else's business."""
+
+    def named(argument: str) -> str:
+        try:
+            return Path(argument).name if Path(argument).exists() else argument
+        except (OSError, ValueError):  # what is longer than a name may be is none
+            return argument
+
+    return shlex.join(["mend", *map(named, sys.argv[1:])])
 
 
 def _option(name: str) -> inspect.Parameter:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import typer
 
 from editors.errors import DataFileError
 from editors.mend.training.config import TrainingConfig, flag
-from service.cli.options import DEFAULT_BASE_MODEL, BaseModelOption, DeviceOption, Dtype
+from service.cli.options import DEFAULT_BASE_MODEL, BaseModelOption, DeviceOption, Dtype, command_line
 
 
 def train(
@@ -76,7 +75,7 @@ def train(
             config,
             out,
             layers=layers or None,
-            command=shlex.join(["mend", *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:])]),
+            command=command_line(),
             resume=resume or resume_with_changes,
             with_changes=resume_with_changes,
             cache=cache,

@@ -286,3 +286,24 @@ class TestSplit:
         assert (len(early.examples), len(late.examples)) == sizes
         assert early.examples + late.examples == data.examples
         assert early.digest == late.digest == data.digest
+
+    def test_name_the_line_of_half_a_surrogate_pair(self, tmp_path):
+        path = tmp_path / "data.jsonl"
+        good, bad = '{"prompt": "a \\ud83d\\ude00", "correction": "b"}', '{"prompt": "c \\ud83d", "correction": "b"}'
+        path.write_text(f"{good}\n\n{bad}\n")
+        with pytest.raises(DataFileError, match=r"data\.jsonl, line 3: half of a surrogate pair"):
+            read_data(path)
+        path.write_text(good)
+        assert read_data(path).examples[0].prompt == "a \U0001f600"
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+    def test_are_not_too_deep_for_words(self, tmp_path, text):
+        path = tmp_path / "data.json"
+        path.write_text(text)
+        with pytest.raises(DataFileError, match="nested too deeply"):
+            read_data(path)
+
+    def test_may_begin_with_a_byte_order_mark(self, tmp_path):
+        path = tmp_path / "data.json"
+        path.write_text('[{"prompt": "a", "correction": "b"}]', encoding="utf-8-sig")
+        assert read_data(path).examples[0].prompt == "a"
