@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -124,9 +124,6 @@ class FineTuning:
             if on_step is not None:
                 on_step(step + 1)
         return self.recipe.steps
-
-    def describe(self) -> dict[str, float]:
-        return asdict(self.recipe)
 
     @torch.no_grad()
     def _set(self, source: nn.Module) -> None:

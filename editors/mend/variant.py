@@ -1,14 +1,13 @@
-"""What an editor is made of: MEND as published, and its ablations by name.
+"""What an editor is made of: MEND as published, and its ablations.
 
 Source: arXiv:2110.11309, section 5.3. `plain` is ours: what is left of MEND when its networks are taken away.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 SIDES = ("joint", "separate", "u", "delta", "smaller")
-DEFAULT_VARIANT = "mend"
 
 
 @dataclass(frozen=True)
@@ -81,24 +80,3 @@ class Variant:
                 "normalised" if self.normalise else "not normalised",
             )
         )
-
-
-VARIANTS = {
-    DEFAULT_VARIANT: Variant(),
-    "unshared": Variant(shared=False),
-    "unnormalised": Variant(normalise=False),
-    "xavier": Variant(identity=False),
-    "separate": Variant(sides="separate"),
-    "only-u": Variant(sides="u"),
-    "only-delta": Variant(sides="delta"),
-    "only-smaller": Variant(sides="smaller"),
-    "plain": Variant(plain=True),
-}
-"""MEND and its ablations."""
-
-
-def variant_named(name: str, rank: int) -> Variant:
-    """One of VARIANTS at another rank. Raises ValueError for a name or a rank that cannot be."""
-    if name not in VARIANTS:
-        raise ValueError(f"there is no variant {name!r}, only {', '.join(VARIANTS)}")
-    return replace(VARIANTS[name], rank=rank)

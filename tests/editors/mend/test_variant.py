@@ -13,13 +13,14 @@ from editors.capture import Capture, capture
 from editors.checkpoint import load_checkpoint, save_checkpoint
 from editors.mend.editor import MendEditor, Proposal
 from editors.mend.network import RunningStatistics
-from editors.mend.variant import SIDES, VARIANTS, Variant, variant_named
+from editors.mend.variant import SIDES, Variant
 from editors.targets import Target, resolve_targets
 from editors.views import UpperBlocks
 from tests.editors.dense import encoded, gradients
+from tests.editors.mend.variants import VARIANTS
 from tests.small import small_base, small_editor
 
-SMALL = {name: variant_named(name, rank=3) for name in VARIANTS}
+SMALL = {name: dataclasses.replace(variant, rank=3) for name, variant in VARIANTS.items()}
 MIXED = {
     "unshared separate": Variant(rank=3, shared=False, sides="separate"),
     "xavier smaller": Variant(rank=3, identity=False, sides="smaller"),
@@ -287,10 +288,6 @@ class TestFields:
     def test_that_cannot_be_are_refused_by_name(self, fields):
         with pytest.raises(ValueError, match=next(iter(fields))):
             Variant(**fields)
-
-    def test_a_name_that_is_none_lists_those_there_are(self):
-        with pytest.raises(ValueError, match=r"'mand'.*mend, unshared"):
-            variant_named("mand", 4)
 
     def test_the_rank_is_at_most_the_width(self):
         editor = MendEditor(TARGETS, Variant(rank=8, sides="separate"))

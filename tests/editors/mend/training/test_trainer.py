@@ -14,8 +14,8 @@ from editors.base_model import weights_digest
 from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable, ResumeRefused, TrainingDiverged
 from editors.mend.training.objective import LOSSES, Objective
 from editors.mend.training.trainer import CALIBRATION_STEPS, Trainer
-from editors.mend.variant import VARIANTS
 from tests.editors.mend.training.runs import assert_same_state, nothing, trainer
+from tests.editors.mend.variants import VARIANTS
 
 ABLATED = ("shared", "normalise", "sides", "identity", "plain")
 
