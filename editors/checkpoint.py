@@ -288,10 +288,15 @@ def _markdown(card: dict[str, Any]) -> str:
         lines += ["", "Validation during training (teacher-forced):", "", "| figure | value |", "|---|---|"]
         lines += [f"| {name} | {_shown(value)} |" for name, value in card["validation"].items()]
     if "growth" in card:
-        lines += ["", "The same where λ grows as a power of the number of edits; the best was taken:", ""]
-        lines += ["| power | " + " | ".join(card["validation"]) + " |", "|---" * (1 + len(card["validation"])) + "|"]
-        for growth, figures in card["growth"].items():
-            lines.append(f"| {growth} | " + " | ".join(map(_shown, figures.values())) + " |")
+        lines += [
+            "",
+            "The same by how many edits there are, for λ that grow as powers of that; the first was taken:",
+            "",
+        ]
+        lines += ["| " + " | ".join(card["growth"][0]) + " |", "|---" * len(card["growth"][0]) + "|"]
+        for row in card["growth"]:
+            power, edits, *figures = row.values()
+            lines.append(f"| {power:g} | {edits} | " + " | ".join(map(_shown, figures)) + " |")
     if "notes" in card:
         lines += ["", card["notes"]]
     for result in card.get("results", []):

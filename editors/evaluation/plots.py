@@ -67,7 +67,7 @@ def _draw_counts(axes: Any, reports: Sequence[Report], name: str, way: str) -> N
     points: dict[str, list[tuple[int, Figure]]] = defaultdict(list)
     for report in reports:
         if name in report.figures:
-            points[report.method].append((int(report.setting.partition(" ")[2] or 1), report.figures[name]))
+            points[report.method].append((report.active, report.figures[name]))
     for method, line in points.items():
         line.sort(key=lambda point: point[0])
         values = [value for _, value in line]

@@ -74,23 +74,29 @@ class Bench:
                     texts.measure(live)
         return _finished(report, examples, texts)
 
-    def batched(self, method: Method, examples: Sequence[Example], size: int) -> Report:
-        """Groups of `size` edits, each made at the base and added in one change; what is left over is not measured."""
+    def batched(self, method: Method, examples: Sequence[Example], size: int, measured: int | None = None) -> Report:
+        """Groups of `size` edits, each made at the base and added in one change; what is left over is not measured.
+
+        measured: so many of a larger group, evenly spread; all of them without it.
+        """
         examples = self._enough(examples, size)
+        every = max(1, size // (measured or size))
         report = Report(method.name, f"batched {size}", self.seed)
         pristine, live = self._pristine(method), self._live(method)
-        texts = TextLoss(pristine, self.texts)
+        texts, asked = TextLoss(pristine, self.texts), []
         examples = examples[: len(examples) // size * size]
         for start in range(0, len(examples), size):
             group = examples[start : start + size]
             began = time.perf_counter()
             method.write_together(group, live.whole)
             report.seconds += [(time.perf_counter() - began) / size] * size
-            self._mark_all(report, pristine, live, group)
+            part = group[::every][:measured]
+            self._mark_all(report, pristine, live, group, part)
+            asked += part
             if texts.measured < TEXT_EDITS:
                 texts.measure(live)
-        report.records = [{} for _ in examples]
-        return _finished(report, examples, texts)
+        report.records = [{} for _ in asked]
+        return _finished(report, asked, texts)
 
     def accumulated(self, method: Method, examples: Sequence[Example], count: int) -> Report:
         """The first `count` edits, one made after another on top of those before, all measured at the end."""
@@ -101,14 +107,16 @@ class Bench:
         made = _timed(method.write_in_turn(examples, live.whole), report)
         for _ in tqdm(made, total=count, desc=f"{method.name}, one after another", unit="edit", disable=None):
             pass
-        self._mark_all(report, pristine, live, examples)
+        self._mark_all(report, pristine, live, examples, examples)
         texts.measure(live)
         return _finished(report, examples, texts)
 
-    def _mark_all(self, report: Report, pristine: Reader, live: Reader, examples: Sequence[Example]) -> None:
-        """Mark examples under weights that hold all of their edits."""
-        edited = {id(example) for example in examples}
-        others = [other for other in self.others if id(other) not in edited]
+    def _mark_all(
+        self, report: Report, pristine: Reader, live: Reader, edited: Sequence[Example], examples: Sequence[Example]
+    ) -> None:
+        """Mark some of the examples whose edits the weights hold."""
+        held = {id(example) for example in edited}
+        others = [other for other in self.others if id(other) not in held]
         asked = list(zip(examples, draw_unrelated(examples, self.seed, others), strict=True))
         for batch in self._batches(asked, report):
             exam = Exam(pristine, [example for example, _ in batch], [prompts for _, prompts in batch])

@@ -50,6 +50,11 @@ class Report:
         return len(self.after)
 
     @property
+    def active(self) -> int:
+        """Edits that are active at once."""
+        return int(self.setting.partition(" ")[2] or 1)
+
+    @property
     def scales(self) -> list[float]:
         """Of the edits that were applied, where the method has a scale."""
         return [record["scale"] for record in self.records if record.get("scale") is not None]
@@ -77,8 +82,10 @@ class Report:
 
     @property
     def heading(self) -> str:
-        """Such as `100 edits, accumulated 100, by ft` or `600 single edits`."""
+        """Such as `100 edits, accumulated 100, by ft`, `200 of 1000 edits, batched 1000` or `600 single edits`."""
         edits = "single edits" if self.setting == "single" else f"edits, {self.setting}"
+        if self.active > self.examples:
+            edits = f"of {self.active} {edits}"
         by = "" if self.method == "mend" else f", by {self.method}"
         aside = "".join(f", {count} {what}" for what, count in self.left_out.items())
         return f"{self.examples} {edits}{by}{aside}"
@@ -118,7 +125,7 @@ class Report:
 def over_counts(reports: Sequence[Report]) -> str:
     """Markdown: one row per number of edits that are active at once and method, with 95 % intervals; first the base."""
     rows = [
-        (int(report.setting.partition(" ")[2] or 1), report)
+        (report.active, report)
         for report in reports
         if report.setting == "single" or report.setting.startswith("batched")
     ]

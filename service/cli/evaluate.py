@@ -46,7 +46,7 @@ def evaluate(
     device: DeviceOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Precision of the base model, as it would be served.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure only the first N examples, or as many as a larger batch needs.")
+        int | None, typer.Option(min=1, help="Measure only the first N examples, and of a larger batch so many of its.")
     ] = None,
     last: Annotated[
         int | None, typer.Option(min=1, help="Measure only the last N examples (those of --holdout).")
@@ -175,7 +175,7 @@ def _measured(
     if single:
         yield bench.single(method, examples)
     for count in batched:
-        yield bench.batched(method, more[: max(count, len(examples))], count)
+        yield bench.batched(method, more[: max(count, len(examples))], count, len(examples))
     for count in accumulated:
         yield bench.accumulated(method, more[: max(count, len(examples))], count)
 

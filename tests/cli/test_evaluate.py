@@ -107,12 +107,13 @@ class TestEvaluate:
     def test_puts_editors_and_baselines_in_one_table_over_the_number_of_edits(self, run, folders):
         out = evaluate(run, "--editor", "keyed", "--batched", "3", "--limit", "2", "--baseline ft --tune 1",
                        "--report", "many.json")  # fmt: skip
+        assert "data.jsonl, 2 of 3 edits, batched 3, by keyed" in out
         rows = [line.split(" | ")[:2] for line in out.partition("all active at once")[2].splitlines() if "|" in line]
         assert rows[2] == ["| 0", "base"]
         assert rows[3:] == [[f"| {count}", method] for count in (1, 3) for method in ("one", "keyed", "ft")]
         found = json.loads((folders / "many.json").read_text())
         assert [(entry["method"], entry["examples"]) for entry in found] == [
-            (method, count) for method in ("one", "keyed", "ft") for count in (2, 3)
+            (method, 2) for method in ("one", "keyed", "ft") for _ in (1, 3)
         ]
         digests = [json.loads((folders / name / "card.json").read_text())["digest"] for name in ("one", "keyed")]
         assert [entry.get("editor") for entry in found[::2]] == [*digests, None]

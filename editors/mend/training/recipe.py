@@ -127,20 +127,21 @@ def train(
 
         trainer.run(on_step, on_best)
     if isinstance(editor, KeyedEditor):
-        return _settle(folder, base, trainer)
+        _settle(folder, base, trainer)
     return best[-1] if best else None
 
 
-def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> Validation:
-    """Choose what is not trained of the best editor, and keep it with that. Returns its figures then."""
+def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> None:
+    """Choose what is not trained of the best editor, and keep it with that."""
     checkpoint = load_checkpoint(folder, base)
     trainer.editor.load_state_dict(checkpoint.editor.state_dict())
-    chosen, tried = choose_growth(trainer.editor, trainer.judgement)
-    by_growth = {f"{growth:g}": _figures(figures) for growth, figures in tried.items()}
-    save_checkpoint(
-        folder, trainer.editor, base, {**checkpoint.card, "validation": _figures(chosen), "growth": by_growth}
-    )
-    return chosen
+    tried = choose_growth(trainer.editor, trainer.judgement)
+    curve = [
+        {"growth": growth, "edits": size, **_figures(figures)}
+        for growth, sizes in tried.items()
+        for size, figures in sizes.items()
+    ]
+    save_checkpoint(folder, trainer.editor, base, {**checkpoint.card, "growth": curve})
 
 
 def _figures(validation: Validation) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from editors.mend.keyed import Evidence, KeyedEditor
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Batch, Corpus
 from editors.mend.training.hidden import Text
-from editors.mend.training.objective import UNRELATED, Objective
+from editors.mend.training.objective import UNRELATED, Objective, Validation
 from editors.text import Tokens
 from editors.views import UpperBlocks
 
@@ -57,13 +57,20 @@ class SetObjective(Objective):
     def _propose(self, captured: Evidence) -> Proposal:
         return self.editor.propose(captured)
 
+    @torch.no_grad()
+    def by_size(self, edits: int) -> dict[int, Validation]:
+        """Figures of sets of each size, on so many edits in all; always the same ones."""
+        return {batch.together: self._measured([batch]) for batch in self._of_sizes(edits)}
+
     def _validation_batches(self) -> Iterator[Batch]:
+        return self._of_sizes(self.config.validation_edits)
+
+    def _of_sizes(self, edits: int) -> Iterator[Batch]:
         """Of every size as many."""
         rng = random.Random("validation")
         sizes = [size for size in VALIDATED if size <= self._largest] or [self._largest]
         for size in sizes:
-            judged = self.config.validation_edits // len(sizes)
-            yield self._draw(rng, size, judged, self_share=0.0, unrelated=UNRELATED)
+            yield self._draw(rng, size, edits // len(sizes), self_share=0.0, unrelated=UNRELATED)
 
     @property
     def _largest(self) -> int:

@@ -207,6 +207,16 @@ class TestBatched:
             for index in range(start, start + 3):
                 assert_alike(report.after[index], measure(base, live, examples[index], examples[index].unrelated))
 
+    def test_measures_some_of_a_large_group_under_all_of_it(self, kind):
+        base = base_of(kind)
+        examples, method = examples_of(base)[:6], mend(base)
+        report = Bench(base, others=languages()).batched(method, examples, 6, 2)
+        live = live_under(base, method, [one.edit for one in method.edits(examples)])
+        assert [record["prompt"] for record in report.records] == [examples[0].prompt, examples[3].prompt]
+        assert report.heading.startswith("2 of 6 edits, batched 6")
+        for values, example in zip(report.after, (examples[0], examples[3]), strict=True):
+            assert_alike(values, measure(base, live, example, example.unrelated))
+
     def test_of_one_edit_is_a_single_one(self, kind):
         base = base_of(kind)
         examples, method = examples_of(base)[:3], mend(base)
