@@ -67,19 +67,15 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         stack.enter_context(closing(ledger))
         engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
         engine.catch_up()
-        _look_for_others(ledger, model, own, engine.published.revision == 0 and _is_new(settings, checkpoint))
+        unasked = settings.editor is None and engine.published.revision == 0
+        _look_for_others(ledger, model, checkpoint, own, required=unasked)
         yield engine, embedded
 
 
-def _is_new(settings: Settings, checkpoint: Checkpoint) -> bool:
-    """Whether nobody asked for this editor by name, and no other machine has the like of it."""
-    return settings.editor is None and not checkpoint.trained
-
-
-def _look_for_others(ledger: RedisLedger, model: str, own: str, required: bool) -> None:
+def _look_for_others(ledger: RedisLedger, model: str, checkpoint: Checkpoint, own: str, *, required: bool) -> None:
     """Edits belong to the editor that made them: after a change of editor, say where those of before are.
 
-    required: nobody chose the change, so that it must not pass. Raises EditorChanged.
+    required: nobody named this editor, and it has made none yet; the change must not pass. Raises EditorChanged.
     """
     try:
         others = [name.partition(":")[2] for name in ledger.namespaces(f"{model}:")]
@@ -91,9 +87,9 @@ def _look_for_others(ledger: RedisLedger, model: str, own: str, required: bool) 
     if required:
         raise EditorChanged(
             f"this Redis holds edits of this base model that were made with another editor ({', '.join(others)}), and "
-            "none of the training-free one here: name the one that made them with MEND_EDITOR (a training-free one is "
-            "in the folder `editors` of its service's MEND_DATA_DIR), or begin without those edits by "
-            "MEND_EDITOR=training-free",
+            f"none of {checkpoint.name}, which is taken when none is named: name the one that made them with MEND_EDITOR "
+            "(a training-free one is in the folder `editors` of its service's MEND_DATA_DIR), or begin without those "
+            f"edits by MEND_EDITOR={checkpoint.folder}",
             editors=others,
         )
     logger.warning(
