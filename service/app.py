@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from editors.base_model import load_base_model
-from editors.checkpoint import Checkpoint
+from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import EditorsError
 from service.api import batch, problems
@@ -62,7 +62,7 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         checkpoint = choose_editor(settings.editor, DEFAULT_EDITOR, base, settings.data_dir / "editors")
         if checkpoint.notice:
             logger.warning("%s", checkpoint.notice)
-        model, own = (digest.removeprefix("sha256:")[:12] for digest in (base.digest, checkpoint.digest))
+        model, own = _short(base.digest), _short(checkpoint.digest)
         ledger = RedisLedger.connect(embedded.url if embedded else settings.redis_url, f"{model}:{own}")
         stack.enter_context(closing(ledger))
         engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
@@ -70,6 +70,10 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         unasked = settings.editor is None and engine.published.revision == 0
         _look_for_others(ledger, model, checkpoint, own, required=unasked)
         yield engine, embedded
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
 
 
 def _look_for_others(ledger: RedisLedger, model: str, checkpoint: Checkpoint, own: str, *, required: bool) -> None:
@@ -81,15 +85,18 @@ def _look_for_others(ledger: RedisLedger, model: str, checkpoint: Checkpoint, ow
         others = [name.partition(":")[2] for name in ledger.namespaces(f"{model}:")]
     except LedgerUnavailable:  # a user who may use one ledger need not be permitted to look for others
         return
-    others = [f"sha256:{digest}…" for digest in others if digest != own]
+    shipped = {
+        _short(read_card(card.parent)["digest"]): card.parent for card in DEFAULT_EDITOR.parent.glob(f"*/{CARD}")
+    }
+    others = [str(shipped.get(digest, f"sha256:{digest}…")) for digest in others if digest != own]
     if not others:
         return
     if required:
         raise EditorChanged(
             f"this Redis holds edits of this base model that were made with another editor ({', '.join(others)}), and "
-            f"none of {checkpoint.name}, which is taken when none is named: name the one that made them with MEND_EDITOR "
-            "(a training-free one is in the folder `editors` of its service's MEND_DATA_DIR), or begin without those "
-            f"edits by MEND_EDITOR={checkpoint.folder}",
+            f"none of {checkpoint.name}, which is taken when none is named: name the one that made them with "
+            "MEND_EDITOR (a training-free one is in the folder `editors` of its service's MEND_DATA_DIR), or begin "
+            f"without those edits by MEND_EDITOR={checkpoint.folder}",
             editors=others,
         )
     logger.warning(
