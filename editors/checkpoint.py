@@ -287,16 +287,15 @@ def _markdown(card: dict[str, Any]) -> str:
     if "validation" in card:
         lines += ["", "Validation during training (teacher-forced):", "", "| figure | value |", "|---|---|"]
         lines += [f"| {name} | {_shown(value)} |" for name, value in card["validation"].items()]
-    if "growth" in card:
-        lines += [
-            "",
-            "The same by how many edits there are, for λ that grow as powers of that; the first was taken:",
-            "",
-        ]
-        lines += ["| " + " | ".join(card["growth"][0]) + " |", "|---" * len(card["growth"][0]) + "|"]
-        for row in card["growth"]:
-            power, edits, *figures = row.values()
-            lines.append(f"| {power:g} | {edits} | " + " | ".join(map(_shown, figures)) + " |")
+    if "settled" in card:
+        head = list(card["settled"][0])
+        lines += ["", "When the networks were trained, chosen on held-out edits (first the one that was taken):", ""]
+        lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for row in card["settled"]:
+            ridge, strength, growth, edits, *figures = row.values()
+            lines.append(
+                f"| {ridge:g} | {strength:g} | {growth:g} | {edits} | " + " | ".join(map(_shown, figures)) + " |"
+            )
     if "notes" in card:
         lines += ["", card["notes"]]
     for result in card.get("results", []):

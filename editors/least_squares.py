@@ -39,6 +39,8 @@ from editors.targets import Target
 
 CHANGE_BITS = CONTRIBUTION_BITS - BITS
 """A row may want an output changed by less than 2^(40-32) = 256."""
+DISTINCT = 0.05
+"""Of a key's squared length: what it must have in a direction of its own to take that."""
 MAX_ROWS = 2**22
 """So many rows stay below 2^62 in KᵀV, and below 2^53 in KᵀK."""
 MIN_RIDGE = 1e-6
@@ -280,17 +282,14 @@ class LeastSquaresState:
         return self._normal[name]
 
     def fullness(self) -> float:
-        """The largest share of a weight's d_in directions that is taken: tr(KᵀK (KᵀK + λI)⁻¹) / d_in, 0 to 1.
+        """The largest share of a weight's d_in directions that is taken: tr(KᵀK (KᵀK + εI)⁻¹) / d_in, 0 to 1.
 
-        With the λ of one row: one that grows hides how full it is.
+        ε is DISTINCT, not λ: however much the edits are held back, there are no more directions for them.
         """
         return max(self._taken(name) / target.d_in for name, target in self.targets.items())
 
     def _taken(self, name: str) -> float:
-        law = self._ridges[name]
-        if law.growth == 0:
-            return self._solution(name).degrees_of_freedom()
-        return reproducibly(self._device, self._solve, name, law.first).degrees_of_freedom()
+        return reproducibly(self._device, self._solve, name, DISTINCT).degrees_of_freedom() if self._rows[name] else 0.0
 
 
 def _checked_law(target: Target, law: RidgeLaw | None) -> RidgeLaw:

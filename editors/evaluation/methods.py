@@ -15,6 +15,7 @@ from editors.checkpoint import Editor
 from editors.data import Example
 from editors.errors import StateOverflow
 from editors.factors import Factors
+from editors.margins import smallest_margins
 from editors.scale import SCALES, ScaleSearch, search_scale, token_margins
 from editors.state import Increment, Rows
 from editors.targets import Target
@@ -100,19 +101,25 @@ class Mend:
 
     def write_together(self, examples: Sequence[Example], live: nn.Module) -> None:
         """Edits that add up, each at its own searched scale. Edits that know of each other, all at the scale of their
-        training; those that do not take are made stronger together, a few times."""
+        training; those that do not take are made stronger together, a few times, as long as more take than before."""
         if self.editor.aggregate == "sum":
             self._alone.write([made.edit for made in self.edits(examples)], live)
             return
         proposed = list(self._proposed(examples))
+        tokens, hidden = [sequence for sequence, _, _ in proposed], [state[0] for _, state, _ in proposed]
         scales = [1.0] * len(proposed)
         candidate = _Candidate(self.base, self.editor, live)
-        for attempt in range(STRONGER + 1):
+        best: tuple[int, list[Factors]] = (-1, [])
+        for _ in range(STRONGER + 1):
             edits = [candidate.quantise(rows, scale) for (_, _, rows), scale in zip(proposed, scales, strict=True)]
             candidate.write(edits, live)
-            said = [candidate.says(sequence, hidden) for sequence, hidden, _ in proposed]
-            if all(said) or attempt == STRONGER:
+            said = [margin > 0 for margin in smallest_margins(candidate.upper, tokens, hidden)]
+            if sum(said) <= best[0]:
+                candidate.write(best[1], live)
                 return
+            if all(said):
+                return
+            best = sum(said), edits
             scales = [scale if holds else scale * STRONGER_BY for scale, holds in zip(scales, said, strict=True)]
 
     def write_in_turn(self, examples: Sequence[Example], live: nn.Module) -> Iterator[Made]:

@@ -87,7 +87,7 @@ def train(
     if not processes.is_main:
         return
     if best is None:
-        typer.echo(f"nothing better than before was found; the editor in {out} is unchanged")
+        typer.echo(f"nothing better than before was found; the networks in {out} are as they were")
         return
     typer.echo(f"best validation score {best.score:.3f}; the editor is in {out}")
     model = f"--base-model {shlex.quote(base_model)} " if base_model != DEFAULT_BASE_MODEL else ""

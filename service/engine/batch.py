@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from editors.errors import StateError
 from editors.factors import Factors, digest
+from editors.margins import smallest_margins, sure_nats
 from editors.scale import SCALES
 from service.engine.batch_items import UNCHANGED, BatchOutcome, Item, checks_of_all
 from service.engine.capacity import require_room
@@ -21,7 +22,6 @@ from service.engine.conflicts import NOTABLE, Near, find_near, find_place
 from service.engine.entries import applied_entry, new_id
 from service.engine.errors import BatchRefused, BatchTooLarge, DuplicatePrompt, EditConflict
 from service.engine.judge import Harm, checks, did_not_take, finite, too_harmful
-from service.engine.margins import smallest_margins, sure_nats
 from service.engine.requests import Terms
 from service.engine.workshop import Workshop
 from service.ledger import Applied, InBatch

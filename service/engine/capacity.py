@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from service.engine.errors import StateFull
 
-WARN_FROM = 0.7
-LIMIT = 0.95
+WARN_FROM = 0.5
+"""From here on edits visibly disturb each other and everything else; the README has a table over their number."""
+LIMIT = 0.99
 """Fullness of the fullest weight, 0 to 1, beyond which no edit is made."""
 
 

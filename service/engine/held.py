@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from editors.base_model import BaseModel
+from editors.margins import smallest_margins, states_below, sure_nats
 from editors.text import Tokens
 from editors.views import UpperBlocks
 from service.engine.answers import Answers
 from service.engine.history import Edit
-from service.engine.margins import smallest_margins, states_below, sure_nats
 from service.engine.weights import View
 
 

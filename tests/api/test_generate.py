@@ -119,7 +119,7 @@ class TestModel:
             "notice": None,
         }  # fmt: skip
         assert (model["revision"], model["digest"], model["active_edits"]) == (made["revision"], made["digest"], 1)
-        assert model["capacity"] == {"fullness": None, "limit": 0.95, "warning": None}
+        assert model["capacity"] == {"fullness": None, "limit": 0.99, "warning": None}
         assert answer.headers["etag"] == f'"{made["revision"]}"'
 
     def test_revision_says_the_state_alone(self, client):

@@ -22,12 +22,12 @@ from editors.mend.keyed import KeyedEditor
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Corpus
 from editors.mend.training.fitting import fit
-from editors.mend.training.growth import choose_growth
 from editors.mend.training.journal import Journal, require_tensorboard
 from editors.mend.training.objective import Validation
 from editors.mend.training.passages import PassageSet
 from editors.mend.training.processes import ALONE, Processes
 from editors.mend.training.samples import own_samples
+from editors.mend.training.settling import settle
 from editors.mend.training.trainer import STATE, Trainer
 from editors.targets import resolve_keyed_targets, resolve_targets
 from editors.views import UpperBlocks
@@ -135,13 +135,13 @@ def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> None:
     """Choose what is not trained of the best editor, and keep it with that."""
     checkpoint = load_checkpoint(folder, base)
     trainer.editor.load_state_dict(checkpoint.editor.state_dict())
-    tried = choose_growth(trainer.editor, trainer.judgement)
+    tried = settle(trainer.editor, trainer.judgement)
     curve = [
-        {"growth": growth, "edits": size, **_figures(figures)}
-        for growth, sizes in tried.items()
+        {**dataclasses.asdict(choice), "edits": size, **_figures(figures)}
+        for choice, sizes in tried.items()
         for size, figures in sizes.items()
     ]
-    save_checkpoint(folder, trainer.editor, base, {**checkpoint.card, "growth": curve})
+    save_checkpoint(folder, trainer.editor, base, {**checkpoint.card, "settled": curve})
 
 
 def _figures(validation: Validation) -> dict[str, float | None]:

@@ -166,14 +166,17 @@ class TestRun:
         assert best is not None
         checkpoint = load_checkpoint(tmp_path, base)
         assert checkpoint.aggregate == "least_squares"
-        scores: dict[float, list[float]] = {}
-        for row in checkpoint.card["growth"]:
+        scores: dict[tuple[float, ...], list[float]] = {}
+        for row in checkpoint.card["settled"]:
             figures = {name: math.nan if row[name] is None else row[name] for name in checkpoint.card["validation"]}
-            scores.setdefault(row["growth"], []).append(Validation(**figures).score)
+            choice = tuple(row[name] for name in ("ridge", "strength", "growth"))
+            scores.setdefault(choice, []).append(Validation(**figures).score)
         assert list(scores.values()) == sorted(scores.values(), key=sum, reverse=True)
         assert len(scores) > 1
-        assert checkpoint.editor.growth.item() == pytest.approx(next(iter(scores)))
-        assert f"| {next(iter(scores)):g} | " in (tmp_path / "card.md").read_text()
+        ridge, _, growth = next(iter(scores))
+        assert checkpoint.editor.growth.item() == pytest.approx(growth)
+        assert checkpoint.editor.log_ridge.exp().tolist() == pytest.approx([ridge])
+        assert f"| {ridge:g} | " in (tmp_path / "card.md").read_text()
         assert "keyed at the subject's last token" in (tmp_path / "card.md").read_text()
 
     @pytest.mark.parametrize("family", ["t5", "bert"])
