@@ -13,6 +13,7 @@ from editors.checkpoint import load_checkpoint
 from editors.data import Example
 from editors.errors import DataFileError, TrainingOptionsInvalid
 from editors.least_squares_editor import RIDGE
+from editors.mend.training import fitting
 from editors.mend.training.config import TrainingConfig
 from editors.mend.training.corpus import Corpus, locality_positions
 from editors.mend.training.fitting import fit
@@ -27,6 +28,12 @@ from tests.editors.mend.training.runs import SAMPLES, SMALL, assert_same_state, 
 from tests.small import small_base
 
 KEYED = SMALL | {"aggregate": "least_squares", "together": 5, "unrelated": 1}
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate for a few small texts is trained sooner."""
+    monkeypatch.setattr(fitting, "GATE_STEPS", 200)
 
 
 @pytest.fixture(params=["linear", "conv1d"])
