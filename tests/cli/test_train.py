@@ -296,8 +296,9 @@ class TestDivergence:
 
 
 class TestSeveralProcesses:
-    @pytest.mark.parametrize("options", [(), ("--aggregate", "least_squares", "--together", 3)])
-    def test_leave_the_editor_of_one(self, models, facts, tmp_path, options):
+    def test_leave_the_editor_of_one(self, models, facts, tmp_path):
+        """A keyed one; the others' bits are compared in tests.editors.mend.training.test_processes."""
+        options = ("--aggregate", "least_squares", "--together", 3)
         one = process(*MEND, *train(facts, models, tmp_path / "one"), "--accumulate", 2, *options)
         assert one.returncode == 0, one.stderr
         two = process(*TORCHRUN, *MEND, *train(facts, models, tmp_path / "two"), "--accumulate", 2, *options)
