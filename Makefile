@@ -43,7 +43,7 @@ serve: $(STAMP) ## Start the service; its settings are MEND_… variables or ARG
 	$(MEND) serve $(ARGS)
 
 test: $(STAMP) ## Run the tests
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and the direction of imports
 	$(VENV)/bin/ruff check
