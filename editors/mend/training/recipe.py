@@ -132,8 +132,10 @@ def train(
 
 
 def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> None:
-    """Choose what is not trained of the best editor, and keep it with that."""
+    """Choose what is not trained of the best editor, once, and keep it with that."""
     checkpoint = load_checkpoint(folder, base)
+    if "settled" in checkpoint.card:
+        return
     trainer.editor.load_state_dict(checkpoint.editor.state_dict())
     tried = settle(trainer.editor, trainer.judgement)
     curve = [

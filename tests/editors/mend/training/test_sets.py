@@ -184,6 +184,9 @@ class TestRun:
         assert checkpoint.editor.growth.item() == pytest.approx(growth)
         assert checkpoint.editor.log_ridge.exp().tolist() == pytest.approx([ridge])
         assert f"| {ridge:g} | " in (tmp_path / "card.md").read_text()
+        train(base, [data_set(capitals(2))], [data_set(languages())], config, tmp_path, resume=True)
+        again = load_checkpoint(tmp_path, base)  # settled from what was trained, not from what was settled
+        assert (again.digest, again.card["settled"]) == (checkpoint.digest, checkpoint.card["settled"])
         assert "keyed at the subject's last token" in (tmp_path / "card.md").read_text()
 
     @pytest.mark.parametrize("family", ["t5", "bert"])
