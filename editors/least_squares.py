@@ -98,6 +98,7 @@ class LeastSquaresState:
         self._rows: Counter[str] = Counter()
         self._solved: dict[str, Ridge] = {}
         self._normal: dict[str, tuple[Tensor, Tensor]] = {}
+        self._fullness: float | None = None
 
     @staticmethod
     def quantise(rows: Rows, scale: float = 1.0) -> Factors:
@@ -137,6 +138,7 @@ class LeastSquaresState:
         self.edits += sign * len(factors)
         self._solved.clear()
         self._normal.clear()
+        self._fullness = None
 
     def _layers(self, factors: Iterable[Factors]) -> dict[str, list[LayerFactors]]:
         layers: dict[str, list[LayerFactors]] = {}
@@ -286,7 +288,9 @@ class LeastSquaresState:
 
         ε is DISTINCT, not λ: however much the edits are held back, there are no more directions for them.
         """
-        return max(self._taken(name) / target.d_in for name, target in self.targets.items())
+        if self._fullness is None:
+            self._fullness = max(self._taken(name) / target.d_in for name, target in self.targets.items())
+        return self._fullness
 
     def _taken(self, name: str) -> float:
         return reproducibly(self._device, self._solve, name, DISTINCT).degrees_of_freedom() if self._rows[name] else 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 
 import torch
 from fastapi import FastAPI
@@ -19,7 +19,7 @@ from fastapi.responses import RedirectResponse
 from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
-from editors.errors import EditorsError
+from editors.errors import CheckpointError, EditorsError
 from service.api import batch, problems
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
@@ -76,6 +76,15 @@ def _short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
 
 
+def _named(digest: str) -> str:
+    """The folder of the editor with this digest where it is shipped, else what is known of it."""
+    for path in DEFAULT_EDITOR.parent.glob(f"*/{CARD}"):
+        with suppress(CheckpointError):  # somebody else's, and damaged
+            if _short(read_card(path.parent)["digest"]) == digest:
+                return str(path.parent)
+    return f"sha256:{digest}…"
+
+
 def _look_for_others(ledger: RedisLedger, model: str, checkpoint: Checkpoint, own: str, *, required: bool) -> None:
     """Edits belong to the editor that made them: after a change of editor, say where those of before are.
 
@@ -85,10 +94,7 @@ def _look_for_others(ledger: RedisLedger, model: str, checkpoint: Checkpoint, ow
         others = [name.partition(":")[2] for name in ledger.namespaces(f"{model}:")]
     except LedgerUnavailable:  # a user who may use one ledger need not be permitted to look for others
         return
-    shipped = {
-        _short(read_card(card.parent)["digest"]): card.parent for card in DEFAULT_EDITOR.parent.glob(f"*/{CARD}")
-    }
-    others = [str(shipped.get(digest, f"sha256:{digest}…")) for digest in others if digest != own]
+    others = [_named(digest) for digest in others if digest != own]
     if not others:
         return
     if required:
