@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 
 from editors.base_model import BaseModel
 from editors.errors import BaseModelMismatch, CheckpointNotFound, CheckpointUnreadable
+from editors.mend.completed import CompletedEditor
 from editors.mend.editor import MendEditor
 from editors.mend.keyed import KeyedEditor
 from editors.mend.variant import Variant
@@ -41,7 +42,7 @@ DEFAULT_MARGIN = 2.0
 """Nats; chosen on validation data, where less costs paraphrases and more costs neighbours."""
 
 
-Editor = MendEditor | KeyedEditor | TrainingFreeEditor
+Editor = MendEditor | KeyedEditor | CompletedEditor | TrainingFreeEditor
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,14 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     card = {
-        "format": FORMAT,
         "name": folder.name,
-        "digest": "",
+        "margin_nats": DEFAULT_MARGIN,
+        **facts,
+        "format": FORMAT,
         "base_model": {"ref": base.ref, "digest": base.digest, "parameters": base.parameters},
         "aggregate": editor.aggregate,
-        "margin_nats": DEFAULT_MARGIN,
         **_shape(editor),
         "targets": [asdict(target) for target in editor.targets],
-        **facts,
     }
     tensors = {name: _stored(name, tensor, matrices) for name, tensor in editor.state_dict().items()}
     raw = save_tensors(tensors, metadata={STATEMENT: json.dumps(_statement(card), sort_keys=True)})
@@ -102,6 +102,8 @@ def _shape(editor: Editor) -> dict[str, Any]:
     """What an editor of its kind is made of, beside its targets."""
     if isinstance(editor, TrainingFreeEditor):
         return {"method": editor.method}
+    if isinstance(editor, CompletedEditor):
+        return {**_shape(editor.keyed), "late": [target.name for target in editor.late.targets]}
     if isinstance(editor, KeyedEditor):
         return {"rank": editor.rank, "witness": asdict(editor.witness)}
     variant = asdict(editor.variant)
@@ -164,7 +166,11 @@ def _empty(card: dict[str, Any]) -> Editor:
     if card.get("method", MEND) == TrainingFreeEditor.method:
         return TrainingFreeEditor(targets)
     if card["aggregate"] == KeyedEditor.aggregate:
-        return KeyedEditor(targets, Target(**card["witness"]), card["rank"])
+        late = [target for target in targets if target.name in card.get("late", ())]
+        keyed = KeyedEditor(
+            [target for target in targets if target not in late], Target(**card["witness"]), card["rank"]
+        )
+        return CompletedEditor(keyed, TrainingFreeEditor(late)) if late else keyed
     if card["aggregate"] != MendEditor.aggregate:
         raise ValueError(f"edits cannot be joined by {card['aggregate']!r}")
     return MendEditor(targets, Variant(rank=card["rank"], **card.get("variant", {})), card.get("signs"))
@@ -211,7 +217,7 @@ def _statement(card: dict[str, Any]) -> dict[str, Any]:
     if card.get("method", MEND) == TrainingFreeEditor.method:
         names = ("method", "aggregate", "targets")
     elif card["aggregate"] == KeyedEditor.aggregate:
-        names = ("aggregate", "rank", "targets", "witness")
+        names = ("aggregate", "rank", "targets", "witness", *(["late"] if "late" in card else []))
     stated = {name: card.get(name) for name in names}
     return {"base_model": card["base_model"]["digest"], **stated}
 
@@ -229,7 +235,7 @@ def _require_same(statement: dict[str, Any], raw: bytes) -> None:
 
 
 def _stored(name: str, tensor: torch.Tensor, matrices: torch.dtype) -> torch.Tensor:
-    matrix = name.endswith((".u", ".v", ".weight")) or name.startswith(("whitening", "natural"))
+    matrix = name.endswith((".u", ".v", ".weight")) or name.rpartition(".")[2].startswith(("whitening", "natural"))
     return tensor.detach().cpu().to(matrices if matrix else tensor.dtype).contiguous()
 
 
@@ -252,7 +258,8 @@ def made_of(card: dict[str, Any]) -> str:
     if card.get("method", MEND) == TrainingFreeEditor.method:
         return "the natural gradient, without training"
     if card["aggregate"] == KeyedEditor.aggregate:
-        return f"rank {card['rank']}, keyed at the subject's last token"
+        completed = ", completed at the answer in a late block without training" if "late" in card else ""
+        return f"rank {card['rank']}, keyed at the subject's last token{completed}"
     return str(Variant(rank=card["rank"], **card.get("variant", {})))
 
 
@@ -292,9 +299,9 @@ def _markdown(card: dict[str, Any]) -> str:
         lines += ["", "When the networks were trained, chosen on held-out edits (first the one that was taken):", ""]
         lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in card["settled"]:
-            ridge, strength, growth, edits, *figures = row.values()
+            ridge, strength, fading, edits, *figures = row.values()
             lines.append(
-                f"| {ridge:g} | {strength:g} | {growth:g} | {edits} | " + " | ".join(map(_shown, figures)) + " |"
+                f"| {ridge:g} | {strength:g} | {fading:g} | {edits} | " + " | ".join(map(_shown, figures)) + " |"
             )
     if "notes" in card:
         lines += ["", card["notes"]]

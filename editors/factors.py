@@ -104,7 +104,8 @@ def quantise_keyed(rows: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0
     """Round an edit of keys and wanted changes to 16 bits: its keys to 2^-15, its changes to 2^-17 or coarser.
 
     rows: per target name, keys (rows, d_in) of unit norm and changes (rows, d_out), float; the changes are scaled.
-    Rows in which either is zero are dropped. Raises StateOverflow on NaN, infinity, or a key beyond unit norm.
+    Rows without a key are dropped; one without a change is kept: what it reads is to stay as it is.
+    Raises StateOverflow on NaN, infinity, or a key beyond unit norm.
     """
     return Factors({name: _quantise(name, u, delta, scale, keyed=True) for name, (u, delta) in sorted(rows.items())})
 
@@ -115,7 +116,7 @@ def _quantise(name: str, u: Tensor, delta: Tensor, scale: float, *, keyed: bool 
     delta = delta.detach().cpu().double().numpy() * scale
     if not (np.isfinite(u).all() and np.isfinite(delta).all()):
         raise StateOverflow(f"the edit proposed for {name} is not finite", layer=name)
-    kept = u.any(-1) & delta.any(-1)
+    kept = u.any(-1) & (keyed | delta.any(-1))
     u, delta = u[kept], delta[kept]
     if not len(u):
         return LayerFactors(_int16(u), _int16(delta), 0)

@@ -4,10 +4,10 @@ Each row of an edit is a key κ, of unit norm, and a change v that the weight's 
 (rows, d_in) and V (rows, d_out) those of all active edits, and L the lower Cholesky factor of the covariance of
 generic inputs,
 
-    ΔWᵀ = L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV
+    ΔWᵀ = n^−f L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV
 
 is the change that gives every key its own output as nearly as the ridge λ lets it, and moves other inputs least. The
-more rows there are, the more they disturb each other and everything else: λ grows as a power of their number.
+more rows n there are, the more they disturb each other and everything else: by the fading f all become weaker together.
 What accumulates are KᵀK and KᵀV, as integers: keys lie on a grid of 2^-15 and changes on one of 2^-17, so that
 nothing is rounded at all. Below d_in rows the solve takes the rows themselves, in the order of their edits' digests
 (`editors.ridge`, the dual form); from there on it takes the integers, and no longer grows with the edits.
@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,8 @@ CHANGE_BITS = CONTRIBUTION_BITS - BITS
 """A row may want an output changed by less than 2^(40-32) = 256."""
 DISTINCT = 0.05
 """Of a key's squared length: what it must have in a direction of its own to take that."""
+FORESEEN = 100
+"""Rows among which an edit is to take, even while there are fewer: it should still when they have come."""
 MAX_ROWS = 2**22
 """So many rows stay below 2^62 in KᵀV, and below 2^53 in KᵀK."""
 MIN_RIDGE = 1e-6
@@ -50,14 +52,15 @@ ROWS_PER_PRODUCT = 2**13
 
 
 @dataclass(frozen=True)
-class RidgeLaw:
-    """λ = first · rows^growth. first: at one row, at least MIN_RIDGE. growth: at least 0."""
+class Law:
+    """How rows are joined in one weight. ridge: λ, at least MIN_RIDGE. fading: f, at least 0."""
 
-    first: float
-    growth: float = 0.0
+    ridge: float
+    fading: float = 0.0
 
-    def ridge(self, rows: int) -> float:
-        return self.first * max(1, rows) ** self.growth
+    def strength(self, rows: int) -> float:
+        """What every wanted change is multiplied with among so many rows."""
+        return max(1, rows) ** -self.fading
 
 
 class LeastSquaresState:
@@ -65,7 +68,9 @@ class LeastSquaresState:
 
     targets: the edited weights. device: where the accumulators live and systems are solved.
     whitening: per target name L, lower triangular (d_in, d_in) float64.
-    ridges: per target name the `RidgeLaw` that gives λ.
+    laws: per target name its `Law`.
+    steady: names of targets whose wanted changes keep the size that they were trained to have: an edit's scale is that
+    of its other changes. Where there are any, their keys are what tells one edit from another.
     Raises CheckpointUnreadable when either is missing or cannot be what it should be.
     """
 
@@ -73,24 +78,26 @@ class LeastSquaresState:
         self,
         targets: Sequence[Target],
         whitening: Mapping[str, Tensor],
-        ridges: Mapping[str, RidgeLaw],
+        laws: Mapping[str, Law],
         device: torch.device | str = "cpu",
+        steady: Collection[str] = (),
     ) -> None:
         self.targets = {target.name: target for target in targets}
+        self._steady = frozenset(steady)
         self.edits = 0
         self._device = torch.device(device)
-        self._whitening, self._ridges, self._metrics = {}, {}, {}
+        self._whitening, self._laws, self._metrics = {}, {}, {}
         self.grams: dict[str, Tensor] = {}
         """KᵀK, (d_in, d_in), in units of 2^-30."""
         self.products: dict[str, Tensor] = {}
         """KᵀV, (d_in, d_out), in units of 2^-32."""
         for name, target in sorted(self.targets.items()):
-            law = _checked_law(target, ridges.get(name))
+            law = _checked_law(target, laws.get(name))
             L = _checked_factor(target, whitening.get(name))
-            self._whitening[name], self._ridges[name] = L.to(self._device), law
+            self._whitening[name], self._laws[name] = L.to(self._device), law
             raw = L.cpu().numpy().astype("<f8", copy=False)
             metric = hashlib.sha256(raw).hexdigest()
-            self._metrics[name] = f"ridge {law.first.hex()} {law.growth.hex()} whitening sha256:{metric}"
+            self._metrics[name] = f"ridge {law.ridge.hex()} fading {law.fading.hex()} whitening sha256:{metric}"
             self.grams[name] = torch.zeros(target.d_in, target.d_in, dtype=torch.int64, device=self._device)
             self.products[name] = torch.zeros(target.d_in, target.d_out, dtype=torch.int64, device=self._device)
         self._held: dict[str, list[Factors]] = {}
@@ -100,10 +107,11 @@ class LeastSquaresState:
         self._normal: dict[str, tuple[Tensor, Tensor]] = {}
         self._fullness: float | None = None
 
-    @staticmethod
-    def quantise(rows: Rows, scale: float = 1.0) -> Factors:
-        """Keys and wanted changes as they are stored. Raises StateOverflow."""
-        return quantise_keyed(rows, scale)
+    def quantise(self, rows: Rows, scale: float = 1.0) -> Factors:
+        """Keys and wanted changes as they are stored, those of steady targets at scale 1. Raises StateOverflow."""
+        steady = quantise_keyed({name: own for name, own in rows.items() if name in self._steady})
+        scaled = quantise_keyed({name: own for name, own in rows.items() if name not in self._steady}, scale)
+        return Factors(dict(sorted({**steady.layers, **scaled.layers}.items())))
 
     def add(self, *factors: Factors) -> None:
         """Take edits in. All or nothing: raises StateOverflow or FactorsCorrupt with the state unchanged."""
@@ -214,8 +222,9 @@ class LeastSquaresState:
 
     def _solution(self, name: str) -> Ridge:
         if name not in self._solved:
-            ridge = self._ridges[name].ridge(self._rows[name])
-            self._solved[name] = reproducibly(self._device, self._solve, name, ridge)
+            law = self._laws[name]
+            solved = reproducibly(self._device, self._solve, name, law.ridge)
+            self._solved[name] = solved.times(law.strength(self._rows[name]))
         return self._solved[name]
 
     def _solve(self, name: str, ridge: float) -> Ridge:
@@ -245,28 +254,36 @@ class LeastSquaresState:
     def increment(self, rows: Rows) -> Increment:
         """What adding one more edit would change: with P = (KᵀK + λI)⁻¹ and its rows K', V', by Woodbury's identity
 
-            u = (I + K'PK'ᵀ)⁻¹ K'P L⁻¹,  delta = V',  offset = −K' Lᵀ ΔWᵀ
+            u = (I + K'PK'ᵀ)⁻¹ K'P L⁻¹,  delta = n^−f V',  offset = −K' Lᵀ ΔWᵀ
 
-        with λ as it is; that it grows with the number of rows is left to whoever writes the weights.
+        where n counts the new rows; how they weaken those before is left to whoever writes the weights. The changes of
+        steady targets, which no scale can make up for, are those that they will be among FORESEEN rows.
         rows: per target name, keys (rows, d_in) and changes (rows, d_out), as `quantise_keyed` takes them.
         """
-        return {name: self._increment(name, keys, changes) for name, (keys, changes) in rows.items()}
+        found = {name: self._increment(name, keys, changes) for name, (keys, changes) in rows.items()}
+        for name in self._steady & set(found):
+            u, delta, offset = found[name]
+            found[name] = u, torch.zeros_like(delta), offset + delta
+        return found
 
     def _increment(self, name: str, keys: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         solved, K = self._solution(name), keys.to(self._device).double()
+        count = self._rows[name] + len(K)
+        strength = self._laws[name].strength(max(count, FORESEEN) if name in self._steady else count)
         PKt = solved.invert(K.T)  # (d_in, rows)
         inner = torch.eye(len(K), dtype=K.dtype, device=K.device) + K @ PKt
         u = torch.linalg.solve(inner, self._unwhiten(name, PKt).T)
-        return u.to(keys), changes, (-K @ solved.solution).to(changes)
+        return u.to(keys), strength * changes, (-K @ solved.solution).to(changes)
 
     def overlaps(self, rows: Rows) -> list[tuple[str, float]]:
         """The digest of every held edit with the largest |cosine| between a key of its and one of these rows, 0 to 1.
 
-        Largest first, over all targets; an edit that is active twice is named once.
+        Largest first; over the steady targets, or all where none is. An edit that is active twice is named once.
         """
         digests = sorted(self._held)
         best = torch.zeros(len(digests), dtype=torch.float64, device=self._device)
-        for name, (keys, _) in rows.items():
+        for name in self._steady or rows:
+            keys, _ = rows[name]
             held, owners = self._directions(name, digests)
             if len(held) and len(keys):
                 cosines = (held @ normalize(keys.to(self._device).double()).T).abs().amax(1)  # (rows held,)
@@ -296,12 +313,12 @@ class LeastSquaresState:
         return reproducibly(self._device, self._solve, name, DISTINCT).degrees_of_freedom() if self._rows[name] else 0.0
 
 
-def _checked_law(target: Target, law: RidgeLaw | None) -> RidgeLaw:
+def _checked_law(target: Target, law: Law | None) -> Law:
     """Raises CheckpointUnreadable."""
-    if law is None or not MIN_RIDGE <= law.first < math.inf or not 0 <= law.growth < math.inf:
+    if law is None or not MIN_RIDGE <= law.ridge < math.inf or not 0 <= law.fading < math.inf:
         raise CheckpointUnreadable(
-            f"the checkpoint's ridge of {target.name} is {law}, but must be a number from {MIN_RIDGE:g} on and grow by "
-            "a power from 0 on; fetch or train the checkpoint again"
+            f"the checkpoint's edits are joined in {target.name} by {law}, but a ridge must be a number from "
+            f"{MIN_RIDGE:g} on and a fading one from 0 on; fetch or train the checkpoint again"
         )
     return law
 

@@ -2,20 +2,20 @@
 
 key     κ = L⁻¹u / ‖L⁻¹u‖   u: what a weight reads where the edit is made; L Lᵀ: the covariance of what it reads in
                              general, so that keys of other texts are as good as orthogonal
-state   ΔWᵀ = L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV over all active edits (see `least_squares`)
+state   ΔWᵀ = n^−f L⁻ᵀ (KᵀK + λI)⁻¹ KᵀV over all active edits (see `least_squares`)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from editors.factors import Factors
-from editors.least_squares import LeastSquaresState, RidgeLaw
+from editors.least_squares import Law, LeastSquaresState
 from editors.state import Rows
 from editors.targets import Target
 
@@ -23,17 +23,30 @@ RIDGE = 0.3
 """Added to a covariance's diagonal, of its mean. Directions that hardly vary would otherwise count for too much."""
 
 
-class LeastSquaresEditor(nn.Module):
-    """targets: the edited weights. first_ridge: λ of one row, per target until it is trained."""
+class Joined:
+    """What an editor does whose state is by least squares."""
 
     aggregate = "least_squares"
+    new_state: Callable[[torch.device], LeastSquaresState]
+
+    def joined(self, edits: Sequence[Factors]) -> Rows:
+        """What edits do together, as rows whose product is ΔW = deltaᵀ u; float64, on the CPU."""
+        state = self.new_state(torch.device("cpu"))
+        state.add(*edits)
+        return state.rows()
+
+
+class LeastSquaresEditor(Joined, nn.Module):
+    """targets: the edited weights. first_ridge: λ until it is trained."""
+
+    first_scale = 1.0
 
     def __init__(self, targets: Sequence[Target], first_ridge: float) -> None:
         super().__init__()
         self.targets = tuple(targets)
         self.log_ridge = nn.Parameter(torch.full((len(self.targets),), first_ridge).log())
         # Not trained: while edits do not yet hold, it only learns to give the many up. Chosen on validation afterwards.
-        self.register_buffer("growth", torch.zeros(()))
+        self.register_buffer("fading", torch.zeros(()))
         for index, target in enumerate(self.targets):
             self.register_buffer(f"whitening_{index}", torch.eye(target.d_in))
 
@@ -52,19 +65,15 @@ class LeastSquaresEditor(nn.Module):
 
     def new_state(self, device: torch.device) -> LeastSquaresState:
         """The state that this editor's edits are joined in; with no edit yet."""
+        return LeastSquaresState(self.targets, *self.metrics(), device)
+
+    def metrics(self) -> tuple[dict[str, Tensor], dict[str, Law]]:
+        """L in float64, and by which law rows are joined, by the names of the targets."""
         named = {target.name: self.whitening(index).double() for index, target in enumerate(self.targets)}
         # Rounded to float32, in which no two mathematics libraries differ: the digest depends on every bit.
-        firsts = torch.tensor([math.exp(log_first) for log_first in self.log_ridge.tolist()]).tolist()
-        ridges = {
-            target.name: RidgeLaw(first, self.growth.item()) for target, first in zip(self.targets, firsts, strict=True)
-        }
-        return LeastSquaresState(self.targets, named, ridges, device)
-
-    def joined(self, edits: Sequence[Factors]) -> Rows:
-        """What edits do together, as rows whose product is ΔW = deltaᵀ u; float64, on the CPU."""
-        state = self.new_state(torch.device("cpu"))
-        state.add(*edits)
-        return state.rows()
+        ridges = torch.tensor([math.exp(log_ridge) for log_ridge in self.log_ridge.tolist()]).tolist()
+        laws = {t.name: Law(ridge, self.fading.item()) for t, ridge in zip(self.targets, ridges, strict=True)}
+        return named, laws
 
 
 def ridged(covariance: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -53,6 +53,11 @@ class Ridge:
         """gram: KᵀK (d_in, d_in). products: KᵀV (d_in, d_out). Raises StateOverflow."""
         factor = _decompose(gram, ridge)
         return Ridge(ridge, factor, torch.cholesky_solve(products, factor))
+
+    def times(self, strength: float) -> Ridge:
+        """The regression of changes that are so many times as large."""
+        weights = None if self.weights is None else strength * self.weights
+        return replace(self, solution=strength * self.solution, weights=weights)
 
     def invert(self, right: Tensor) -> Tensor:
         """(KᵀK + λI)⁻¹ right, for right (d_in, n)."""

@@ -21,23 +21,36 @@ from editors.state import Increment
 from editors.text import Tokens
 from editors.views import UpperBlocks, edited
 
-SCALES = tuple(2 ** (step / 4) for step in range(-8, 17))
-"""0.25 to 16, in steps of a quarter octave. Corrections of many tokens need the upper end."""
+SCALES = (0.0, *(2 ** (step / 4) for step in range(-8, 17)))
+"""0, and 0.25 to 16 in steps of a quarter octave. Corrections of many tokens need the upper end."""
+
+
+STEP = 4
+"""Places in `SCALES` by which an edit is made stronger that does not take beside others: an octave."""
+
+
+def stronger(scale: float) -> float:
+    """The next scale to try, by STEP places, from one of `SCALES`; the largest has none above it."""
+    return SCALES[min(SCALES.index(scale) + STEP, len(SCALES) - 1)]
 
 
 @dataclass(frozen=True)
 class ScaleSearch:
-    """Margins of one edit over `SCALES`, in nats. margins: (scales,), negative where it does not take."""
+    """Margins of one edit over `SCALES`, in nats. margins: (scales,), negative where it does not take.
+
+    first: the scale at which the search begins.
+    """
 
     margins: tuple[float, ...]
+    first: float = 1.0
 
     def order(self, margin: float) -> list[int]:
         """Indexes of the scales worth trying, best first.
 
-        First the smallest from 1 on that takes with the margin and those above it; where none has the margin, the
+        First the smallest from `first` on that takes with the margin and those above it; where none has the margin, the
         one that comes nearest to it; never one that does not take.
         """
-        enough = [index for index, value in enumerate(self.margins) if value >= margin and SCALES[index] >= 1]
+        enough = [index for index, value in enumerate(self.margins) if value >= margin and SCALES[index] >= self.first]
         if enough:
             return enough
         taking = [index for index, value in enumerate(self.margins) if value > 0]
@@ -54,11 +67,14 @@ class ScaleSearch:
 
 
 @torch.no_grad()
-def search_scale(upper: UpperBlocks, hidden: Tensor, tokens: Tokens, increment: Increment) -> ScaleSearch:
+def search_scale(
+    upper: UpperBlocks, hidden: Tensor, tokens: Tokens, increment: Increment, first: float = 1.0
+) -> ScaleSearch:
     """Try every scale of the grid.
 
     upper: blocks of the model as it is without the edit. hidden: (1, tokens, …) from `below`, for `tokens.inputs`.
     increment: what the edit changes there, by the name of its target in `upper.targets`; from a `State`.
+    first: the editor's `first_scale`.
     """
     scales = torch.tensor(SCALES, device=hidden.device)
     count = len(scales)
@@ -69,7 +85,7 @@ def search_scale(upper: UpperBlocks, hidden: Tensor, tokens: Tokens, increment: 
     with edited(upper.module, [target for target in upper.targets if target.name in factored], factored):
         logits = upper.logits(hidden.expand(count, *hidden.shape[1:]), [tokens] * count)
     margins = token_margins(logits, torch.tensor(tokens.target, device=hidden.device).repeat(count))
-    return ScaleSearch(tuple(margins.view(count, len(tokens.target)).amin(1).tolist()))
+    return ScaleSearch(tuple(margins.view(count, len(tokens.target)).amin(1).tolist()), first)
 
 
 def token_margins(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -46,9 +46,8 @@ class State(Protocol):
     targets: Mapping[str, Target]
     edits: int
 
-    @staticmethod
-    def quantise(rows: Rows, scale: float = 1.0) -> Factors:
-        """An edit as it is stored and added, `scale` times as strong as its rows. Raises StateOverflow."""
+    def quantise(self, rows: Rows, scale: float = 1.0) -> Factors:
+        """An edit as it is stored and added, at a scale. Raises StateOverflow."""
 
     def add(self, *factors: Factors) -> None:
         """Take edits in. All or nothing: raises StateOverflow or FactorsCorrupt with the state unchanged."""
@@ -89,9 +88,8 @@ class SumState:
         }
         self.edits = 0
 
-    @staticmethod
-    def quantise(rows: Rows, scale: float = 1.0) -> Factors:
-        """u and delta as they are stored. Raises StateOverflow."""
+    def quantise(self, rows: Rows, scale: float = 1.0) -> Factors:
+        """u and delta as they are stored, `scale` times as strong. Raises StateOverflow."""
         return quantise(rows, scale)
 
     def add(self, *factors: Factors) -> None:

@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from editors import DEFAULT_MODEL
 
-DEFAULT_EDITOR = Path(__file__).parents[1] / "checkpoints" / DEFAULT_MODEL
+DEFAULT_EDITOR = Path(__file__).parents[1] / "checkpoints" / f"{DEFAULT_MODEL}-keyed"
 """The editor that ships with the project, for the packaged base model."""
 
 

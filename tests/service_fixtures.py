@@ -14,7 +14,7 @@ from editors.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from service.engine import EditRefused, EditRequest, Engine, Limits
 from service.engine.requests import Published
 from service.ledger import RedisLedger
-from tests.small import small_base, small_editor, small_keyed_editor
+from tests.small import small_base, small_completed_editor, small_editor
 
 PROMPTS = {
     "France": "The capital of France is",
@@ -89,9 +89,9 @@ def save_editor(folder: Path, base: BaseModel) -> Path:
     return folder
 
 
-def save_keyed_editor(folder: Path, base: BaseModel) -> Path:
-    """Write an untrained keyed editor for a small base model."""
-    save_checkpoint(folder, small_keyed_editor(base), base, {})
+def save_completed_editor(folder: Path, base: BaseModel) -> Path:
+    """Write an untrained keyed editor for a small base model, and what completes its edits."""
+    save_checkpoint(folder, small_completed_editor(base), base, {})
     return folder
 
 

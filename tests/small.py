@@ -11,10 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
+from editors.mend.completed import CompletedEditor
 from editors.mend.editor import MendEditor
 from editors.mend.keyed import KeyedEditor
 from editors.mend.variant import Variant
 from editors.targets import resolve_keyed_targets, resolve_targets
+from editors.training_free.calibration import calibrate
 from editors.views import UpperBlocks
 from tests.editors.families import family_model
 
@@ -117,6 +119,11 @@ def small_keyed_editor(base: BaseModel) -> KeyedEditor:
         weight = target.oriented(base.model.get_parameter(target.name))
         editor.networks[index].fit(editor.read(found).u[index], weight)
     return editor.requires_grad_(False).eval()
+
+
+def small_completed_editor(base: BaseModel) -> CompletedEditor:
+    """The small keyed editor, completed as one that is trained."""
+    return CompletedEditor(small_keyed_editor(base), calibrate(base)).requires_grad_(False).eval()
 
 
 def adding(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:

@@ -16,7 +16,7 @@ from editors.data import Example
 from editors.errors import StateOverflow
 from editors.factors import Factors
 from editors.margins import smallest_margins
-from editors.scale import SCALES, ScaleSearch, search_scale, token_margins
+from editors.scale import SCALES, ScaleSearch, search_scale, stronger, token_margins
 from editors.state import Increment, Rows
 from editors.targets import Target
 from editors.text import Tokens
@@ -26,8 +26,8 @@ MAX_ATTEMPTS = 5
 """Scales that the service tries for one edit, at most."""
 TOGETHER = 24
 """Edits that are worked out in one batch."""
-STRONGER, STRONGER_BY = 4, 2**0.5
-"""How often, and by how much, edits are made stronger that do not take beside many others."""
+STRONGER = 6
+"""How often edits are made stronger that do not take beside many others."""
 
 Weights = Mapping[str, Tensor]
 """An edit that is no sum of factors: the edited weights themselves, by name, in the parameters' own layout."""
@@ -85,7 +85,7 @@ class Mend:
         """At the searched scale; where an edit does not take, at the one that comes nearest."""
         alone = self._alone
         for sequence, hidden, rows in self._proposed(examples):
-            search = search_scale(alone.upper, hidden, sequence, alone.increment(rows))
+            search = search_scale(alone.upper, hidden, sequence, alone.increment(rows), self.editor.first_scale)
             order = search.order(self.margin)[:MAX_ATTEMPTS] or [search.strongest]
             chosen = order[0]
             if self._rounds:
@@ -107,7 +107,7 @@ class Mend:
             return
         proposed = list(self._proposed(examples))
         tokens, hidden = [sequence for sequence, _, _ in proposed], [state[0] for _, state, _ in proposed]
-        scales = [1.0] * len(proposed)
+        scales = [self.editor.first_scale] * len(proposed)
         candidate = _Candidate(self.base, self.editor, live)
         best: tuple[int, list[Factors]] = (-1, [])
         for _ in range(STRONGER + 1):
@@ -120,7 +120,7 @@ class Mend:
             if all(said):
                 return
             best = sum(said), edits
-            scales = [scale if holds else scale * STRONGER_BY for scale, holds in zip(scales, said, strict=True)]
+            scales = [scale if holds else stronger(scale) for scale, holds in zip(scales, said, strict=True)]
 
     def write_in_turn(self, examples: Sequence[Example], live: nn.Module) -> Iterator[Made]:
         """The scale is searched on top of what is live. What no scale can teach is refused, as by the service."""
@@ -130,7 +130,7 @@ class Mend:
             if candidate.says(tokens, hidden):
                 yield Made(None, {"scale": None, "already": True})
                 continue
-            search = search_scale(candidate.upper, hidden, tokens, candidate.increment(rows))
+            search = search_scale(candidate.upper, hidden, tokens, candidate.increment(rows), self.editor.first_scale)
             for index in search.order(self.margin)[:MAX_ATTEMPTS]:
                 factors = candidate.quantise(rows, SCALES[index])
                 if candidate.holds(factors, tokens, hidden, keep=True):

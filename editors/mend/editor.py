@@ -78,6 +78,7 @@ class MendEditor(nn.Module):
     """
 
     aggregate = "sum"
+    first_scale = 1.0
 
     def __init__(self, targets: Sequence[Target], variant: Variant, signs: Sequence[int] | None = None) -> None:
         super().__init__()

@@ -172,8 +172,8 @@ class KeyedEditor(LeastSquaresEditor):
         factored = {}
         for index, target in enumerate(targets):
             keys = proposal.u[index].float().unflatten(0, (-1, size))  # (groups, size, d_in)
-            changes = proposal.delta[index].float().unflatten(0, (-1, size))
-            ridge = (self.log_ridge[index].exp() * size**self.growth) * torch.eye(size, device=keys.device)
+            changes = proposal.delta[index].float().unflatten(0, (-1, size)) * size**-self.fading
+            ridge = self.log_ridge[index].exp() * torch.eye(size, device=keys.device)
             solved = torch.linalg.solve(keys @ keys.mT + ridge, changes)
             unwhitened = torch.linalg.solve_triangular(self.whitening(index).T, keys.flatten(0, 1).T, upper=True).T
             factored[target.name] = (unwhitened.view_as(keys), solved)

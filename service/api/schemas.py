@@ -124,7 +124,9 @@ class EditQuery(_Request):
 
     dry_run: bool = Field(False, description="Stage and judge, but do not commit.")
     on_conflict: OnConflict = Field(
-        "refuse", description="What to do about an active edit of a hardly different prompt with another answer."
+        "refuse",
+        description="What to do about an active edit of a hardly different prompt with another answer; keep: "
+        "make this one beside it, if both hold.",
     )
     allow_loss: bool = Field(False, description="Commit although earlier edits would no longer hold.")
 

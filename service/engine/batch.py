@@ -2,7 +2,7 @@
 
     answer -> capture -> (stage -> place -> strengthen what is too weak) … -> judge -> commit -> publish
 
-All edits begin at the scale that they were trained for. One that does not take beside the others is searched for the
+All edits begin at the editor's first scale. One that does not take beside the others is searched for the
 scale that it needs alone, then raised round by round, and all are staged again.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 from editors.errors import StateError
 from editors.factors import Factors, digest
 from editors.margins import smallest_margins, sure_nats
-from editors.scale import SCALES
+from editors.scale import SCALES, stronger
 from service.engine.batch_items import UNCHANGED, BatchOutcome, Item, checks_of_all
 from service.engine.capacity import require_room
 from service.engine.clock import Clock
@@ -30,9 +30,8 @@ CAPTURED = 32
 """Edits captured together."""
 JUDGED = 256
 """Edits judged between two words of progress."""
-STEP = 2**0.5
 ROUNDS = 6
-"""Rounds in which edits that do not take are raised by STEP."""
+"""Rounds in which edits that do not take are made stronger."""
 MAX_BYTES = 256_000_000
 """Of all factors, which Redis takes in one command."""
 
@@ -50,7 +49,7 @@ class Batch:
 
     def make(self) -> BatchOutcome:
         """Make the edits, or find out what they would do. Raises EditRefused with every verdict, and LedgerError."""
-        self._clock, self._rounds = Clock(), ROUNDS
+        self._clock, self._rounds, self._fewest, self._best = Clock(), ROUNDS, len(self._items), {}
         self._begin()
         while True:
             self._require_all()
@@ -79,7 +78,8 @@ class Batch:
             said = self._workshop.answers.say(self._weights.live, [item.request.prompt for item in part], lengths)
             for item, before in zip(part, said, strict=True):
                 item.before = before
-                item.scale = 0.0 if self._workshop.base.says(before, item.request.correction) else 1.0
+                item.needless = self._workshop.base.says(before, item.request.correction)
+                item.scale = self._workshop.proposer.first_scale
         self._clock.lap("before")
 
     def _work_out(self, edits: Sequence[Item]) -> None:
@@ -163,10 +163,16 @@ class Batch:
         """Make edits stronger; refuse those of which it is known that this does not help."""
         new, known = ([item for item in weak if item.fits and item.searched == each] for each in (False, True))
         self._search(new)
-        if self._rounds and known:
+        if self._rounds and known and len(weak) <= self._fewest:
             self._rounds -= 1
+            self._fewest, self._best = len(weak), {item.index: item.scale for item in self._items}
             for item in known:
-                item.scale = min(STEP * item.scale, SCALES[-1])
+                item.scale = stronger(item.scale)
+        elif self._rounds and known:
+            # They only push others aside: back to where most held.
+            self._rounds = 0
+            for item in self._items:
+                item.scale = self._best[item.index]
         elif known and not new:
             # Some are only pushed aside by others: of a partial batch the half that pushes hardest goes first.
             known.sort(key=lambda item: (-item.scale, item.margin_nats))
@@ -182,10 +188,12 @@ class Batch:
                 search = self._workshop.proposer.search(item.draft, view.upper, increment)
                 item.searched, item.margin_nats = True, search.margins[search.strongest]
                 order = search.order(self._workshop.margin_nats)
-                if order:
-                    item.scale = max(SCALES[order[0]], min(STEP * item.scale, SCALES[-1]))
-                else:
+                if not order:
                     self._refuse(item)
+                elif item.needless:
+                    item.needless, item.scale = False, SCALES[order[0]]
+                else:
+                    item.scale = max(SCALES[order[0]], stronger(item.scale))
         self._clock.lap("search")
 
     def _leaving(self, superseded: Iterable[str]) -> list[Factors]:
@@ -202,7 +210,7 @@ class Batch:
         self._clock.lap("judge")
         failing = [item for item in self._fitting() if not item.verdict.took]
         for item in failing:
-            if item.scale:
+            if not item.needless:
                 self._refuse(item)
         return failing
 

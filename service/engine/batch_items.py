@@ -25,7 +25,7 @@ UNCHANGED = "unchanged"
 
 @dataclass
 class Item:
-    """One edit of a batch. scale: 0 while the model says the correction without it.
+    """One edit of a batch. needless: whether the model says the correction without it.
 
     tokens: None of one that is invalid. invalid: why it cannot even be tried. refusal: why it is not made.
     searched: whether it is known at which scale it takes alone. margin_nats: when it was last tried.
@@ -39,6 +39,7 @@ class Item:
     id: str = field(default_factory=new_id)
     draft: Draft | None = None
     before: str = ""
+    needless: bool = False
     scale: float = 1.0
     searched: bool = False
     margin_nats: float = 0.0
@@ -52,7 +53,7 @@ class Item:
 
     @property
     def changes(self) -> bool:
-        return self.fits and self.scale > 0
+        return self.fits and not self.needless
 
     @property
     def staged(self) -> tuple[EditRequest, Tokens]:
@@ -63,7 +64,7 @@ class Item:
         if applied is not None:
             return applied_shown(self.index, applied, made=made)
         facts = dict(self.refusal.facts, code=self.refusal.code, detail=str(self.refusal)) if self.refusal else {}
-        status = "refused" if self.refusal else "withheld" if self.scale else UNCHANGED
+        status = "refused" if self.refusal else UNCHANGED if self.needless else "withheld"
         after = {"after": {"text": self.verdict.after}} if self.verdict else {}
         return {"before": {"text": self.before}, **after, **facts, **_asked(self.index, self.request, status)}
 

@@ -1,7 +1,8 @@
 """Which edits a new one takes the place of, and which it collides with.
 
 Of the same prompt only one edit is active: the newer one supersedes. Two prompts that the model hardly tells apart, by
-how far the keys of their edits overlap, cannot have two answers: the caller decides which is to stand.
+how far the keys of their edits overlap, seldom can have two answers: the caller says which is to stand, or to
+try both.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def find_near(overlaps: Sequence[tuple[str, float]], history: History) -> list[N
 def find_place(request: EditRequest, near: Sequence[Near], history: History, on_conflict: OnConflict) -> Place:
     """Where an edit goes.
 
-    Raises EditConflict when another prompt has too much of its keys and another answer, unless that is superseded.
+    Raises EditConflict when another prompt has too much of its keys and another answer, unless that is superseded or
+    the caller wants to keep both.
     """
     replaced = history.standing_on(request.prompt)
     own = {edit.id for edit in replaced}
@@ -83,6 +85,8 @@ def find_place(request: EditRequest, near: Sequence[Near], history: History, on_
         if each.overlap >= CONFLICT and each.id not in own and each.correction.strip() != request.correction.strip()
     ]
     superseded = [each.edit for each in conflicts if each.edit is not None]
+    if on_conflict == "keep":
+        return Place(history.with_superseded(replaced), tuple(near))
     if conflicts and (on_conflict == "refuse" or len(superseded) < len(conflicts)):
         raise _conflict(request.correction, conflicts)
     return Place(history.with_superseded([*replaced, *superseded]), tuple(near))
@@ -92,9 +96,9 @@ def _conflict(correction: str, others: Sequence[Near]) -> EditConflict:
     nearest, *_ = others
     return EditConflict(
         f"refused: to the model this prompt is hardly another than {nearest.prompt!r} (overlap {nearest.overlap:.2f}), "
-        f"whose answer is {nearest.correction.strip()!r}, beside which {correction.strip()!r} cannot hold; nothing was "
-        "changed. Put the prompt so that what is asked stands before the subject, or let this edit take the other's "
-        "place with on_conflict=supersede",
+        f"whose answer is {nearest.correction.strip()!r}, beside which {correction.strip()!r} may not hold; nothing "
+        "was changed. Put the prompt so that what is asked stands before the subject, let this edit take the other's "
+        "place with on_conflict=supersede, or try whether both hold with on_conflict=keep",
         conflicts=[
             {
                 **({"id": each.id} if each.index is None else {"index": each.index}),

@@ -27,7 +27,7 @@ MAX_ATTEMPTS = 5
 class Draft:
     """An edit before its scale is chosen. hidden: under the edited blocks, (1, tokens, width), the same for every view.
 
-    rows: at scale 1. quantise: the state's way to store them.
+    rows: before they are scaled. quantise: the state's way to store them.
     """
 
     tokens: Tokens
@@ -69,6 +69,7 @@ class Proposer:
 
     def __init__(self, checkpoint: Checkpoint, pristine: UpperBlocks, state: State) -> None:
         self._editor, self._pristine, self._quantise = checkpoint.editor, pristine, state.quantise
+        self.first_scale = checkpoint.editor.first_scale
 
     @torch.no_grad()
     def draft(self, tokens: Sequence[Tokens]) -> list[Draft]:
@@ -89,4 +90,4 @@ class Proposer:
         """Try an edit at every scale. increment: what its rows change in the weights that `upper` shows."""
         names = {full.name: short.name for full, short in zip(self._editor.targets, upper.targets, strict=True)}
         changes = {names[name]: change for name, change in increment.items()}
-        return search_scale(upper, draft.hidden, draft.tokens, changes)
+        return search_scale(upper, draft.hidden, draft.tokens, changes, self.first_scale)

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from service.ledger import Applied
 
-OnConflict = Literal["refuse", "supersede"]
+OnConflict = Literal["refuse", "supersede", "keep"]
 
 
 @dataclass(frozen=True)

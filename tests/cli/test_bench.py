@@ -11,13 +11,13 @@ import pytest
 from service.cli.main import main
 from tests.cli.test_evaluate import write_data
 from tests.editors.mend.examples import capitals
-from tests.service_fixtures import save_base, save_keyed_editor
+from tests.service_fixtures import save_base, save_completed_editor
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    save_keyed_editor(folder / "keyed", save_base(folder / "base"))
+    save_completed_editor(folder / "keyed", save_base(folder / "base"))
     write_data(folder / "data.jsonl", capitals(8))
     return folder
 

@@ -17,7 +17,7 @@ from editors.evaluation.methods import Mend
 from editors.evaluation.protocols import Bench
 from service.cli.main import main
 from tests.editors.mend.examples import capitals, languages
-from tests.service_fixtures import save_base, save_editor, save_keyed_editor
+from tests.service_fixtures import save_base, save_completed_editor, save_editor
 from tests.small import small_base
 
 Run = Callable[..., str]
@@ -29,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     base = save_base(folder / "base")
     save_editor(folder / "one", base)
-    save_keyed_editor(folder / "keyed", base)
+    save_completed_editor(folder / "keyed", base)
     shutil.copytree(folder / "one", folder / "two")
     card = json.loads((folder / "two" / "card.json").read_text())
     (folder / "two" / "card.json").write_text(json.dumps(card | {"name": "two", "margin_nats": 0.0}))

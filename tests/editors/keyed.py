@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from editors.factors import Factors, quantise_keyed
-from editors.least_squares import LeastSquaresState, RidgeLaw
+from editors.least_squares import Law, LeastSquaresState
 from editors.targets import Target, resolve_targets
 from editors.views import view
 from tests.editors.test_state import bits
@@ -30,9 +30,9 @@ def factor_of_covariance(width: int, seed: int) -> Tensor:
     return torch.linalg.cholesky(inputs.T @ inputs / len(inputs) + 0.05 * torch.eye(width, dtype=torch.float64))
 
 
-def metric(targets: Sequence[Target]) -> tuple[dict[str, Tensor], dict[str, RidgeLaw]]:
+def metric(targets: Sequence[Target]) -> tuple[dict[str, Tensor], dict[str, Law]]:
     whitening = {target.name: factor_of_covariance(target.d_in, seed) for seed, target in enumerate(targets)}
-    return whitening, {target.name: RidgeLaw(0.1 * 2.0**seed) for seed, target in enumerate(targets)}
+    return whitening, {target.name: Law(0.1 * 2.0**seed) for seed, target in enumerate(targets)}
 
 
 METRICS = {layout: metric(targets) for layout, targets in TARGETS.items()}
@@ -65,13 +65,13 @@ def keys_and_changes(target: Target, edits: Sequence[Factors]) -> tuple[np.ndarr
     return np.concatenate([np.zeros((0, target.d_in)), *keys]), np.concatenate([np.zeros((0, target.d_out)), *changes])
 
 
-def dense_change(target: Target, edits: Sequence[Factors], L: Tensor, law: RidgeLaw) -> np.ndarray:
+def dense_change(target: Target, edits: Sequence[Factors], L: Tensor, law: Law) -> np.ndarray:
     """ΔW by the normal equations of the inputs themselves, without whitening anything."""
     keys, changes = keys_and_changes(target, edits)
-    ridge = law.ridge(len(keys))
     inputs = keys @ L.numpy().T
     covariance = (L @ L.T).numpy()
-    return np.linalg.solve(inputs.T @ inputs + ridge * covariance, inputs.T @ changes).T
+    together = np.linalg.solve(inputs.T @ inputs + law.ridge * covariance, inputs.T @ changes).T
+    return max(1, len(keys)) ** -law.fading * together
 
 
 def written(layout: str, state: LeastSquaresState) -> list[Tensor]:

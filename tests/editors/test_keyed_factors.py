@@ -35,11 +35,13 @@ class TestKeyedFactors:
         edit = some_edit(TARGETS["linear"], 4)
         assert Factors.from_bytes(edit.to_bytes()).to_bytes() == edit.to_bytes()
 
-    def test_drop_rows_of_zeros(self):
+    def test_drop_rows_without_a_key_and_keep_those_without_a_change(self):
         keys, changes = torch.eye(4)[:3], torch.ones(3, 2)
         keys[1] = 0
         changes[2] = 0
-        assert quantise_keyed({"w": (keys, changes)}).layers["w"].rows == 1
+        layer = quantise_keyed({"w": (keys, changes)}).layers["w"]
+        assert layer.u.argmax(1).tolist() == [0, 2]
+        assert layer.delta.any(1).tolist() == [True, False]
 
     def test_refuse_keys_beyond_unit_norm(self):
         with pytest.raises(StateOverflow, match=r"norm 1\.41; keys have unit norm"):

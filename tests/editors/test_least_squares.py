@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from editors import least_squares
 from editors.errors import CheckpointUnreadable, FactorsCorrupt, FactorsNotHeld, StateOverflow
 from editors.factors import Factors, LayerFactors, digest, quantise_keyed
-from editors.least_squares import LeastSquaresState, RidgeLaw
+from editors.least_squares import Law, LeastSquaresState
 from editors.state import State, SumState
 from editors.targets import Target
 from editors.views import view
@@ -235,10 +235,10 @@ class TestDigest:
 
     def test_tells_another_metric_from_this_one(self):
         target = Target("w", 8, 4, transposed=False)
-        L, ridge = factor_of_covariance(8, 0), RidgeLaw(0.1)
+        L, ridge = factor_of_covariance(8, 0), Law(0.1)
         edit = quantise_keyed(some_rows([target], 0, 3))
         digests = set()
-        others = [(L * (1 + 2**-52), ridge), (L, RidgeLaw(0.1000001)), (2 * L, RidgeLaw(0.4)), (L, RidgeLaw(0.1, 0.1))]
+        others = [(L * (1 + 2**-52), ridge), (L, Law(0.1000001)), (2 * L, Law(0.4)), (L, Law(0.1, 0.1))]
         for whitening, strength in ((L, ridge), *others):
             state = LeastSquaresState([target], {"w": whitening}, {"w": strength})
             digests.add(state.digest())
@@ -310,7 +310,7 @@ class TestRefusals:
         monkeypatch.setattr(least_squares, "MIN_RIDGE", 0.0)  # with it this cannot be brought about
         model, targets = small_llama(), TARGETS["linear"]
         whitening, ridges = METRICS["linear"]
-        state = LeastSquaresState(targets, whitening, {**ridges, targets[-1].name: RidgeLaw(1e-300)})
+        state = LeastSquaresState(targets, whitening, {**ridges, targets[-1].name: Law(1e-300)})
         key = torch.eye(targets[-1].d_in)[:1]
         edits = [quantise_keyed({targets[-1].name: (key, torch.ones(1, targets[-1].d_out))}) for _ in range(2)]
         state.add(*edits, some_edit(targets, 4))
@@ -332,33 +332,33 @@ class TestRefusals:
     def test_a_whitening_that_is_no_such_factor(self, spoil: Callable[[Tensor], Tensor | None]):
         target = Target("w", 4, 3, transposed=False)
         with pytest.raises(CheckpointUnreadable, match="whitening of w is not a lower Cholesky factor of 4 rows"):
-            LeastSquaresState([target], {"w": spoil(factor_of_covariance(4, 0))}, {"w": RidgeLaw(1.0)})
+            LeastSquaresState([target], {"w": spoil(factor_of_covariance(4, 0))}, {"w": Law(1.0)})
 
     @pytest.mark.parametrize(
         "law",
         [
             None,
-            *map(RidgeLaw, (0.0, 9e-7, -1.0, math.inf, math.nan)),
-            *(RidgeLaw(1, g) for g in (-0.1, math.inf, math.nan)),
+            *map(Law, (0.0, 9e-7, -1.0, math.inf, math.nan)),
+            *(Law(1, g) for g in (-0.1, math.inf, math.nan)),
         ],
         ids=str,
     )
-    def test_a_ridge_that_is_too_small_or_no_number(self, law):
+    def test_a_law_that_cannot_be(self, law):
         target = Target("w", 4, 3, transposed=False)
-        with pytest.raises(CheckpointUnreadable, match="ridge of w is"):
+        with pytest.raises(CheckpointUnreadable, match="edits are joined in w by"):
             LeastSquaresState([target], {"w": factor_of_covariance(4, 0)}, {"w": law})
 
 
-class TestRidgeLaw:
-    def test_grows_as_a_power_of_the_number_of_rows(self):
-        law = RidgeLaw(0.1, 0.5)
-        assert [law.ridge(rows) for rows in (0, 1, 4, 100)] == pytest.approx([0.1, 0.1, 0.2, 1.0])
+class TestLaw:
+    def test_makes_changes_weaker_by_a_power_of_the_number_of_rows(self):
+        law = Law(0.1, 0.5)
+        assert [law.strength(rows) for rows in (0, 1, 4, 100)] == pytest.approx([1.0, 1.0, 0.5, 0.1])
 
     @pytest.mark.parametrize("seeds", [(4,), (4, 5, 6), (11, 10, 7)], ids=str)
     def test_weighs_by_the_rows_that_are_active_now(self, seeds):
         """Whatever was active before."""
         model, (target, *_) = MODELS["linear"], TARGETS["linear"]
-        L, law = factor_of_covariance(target.d_in, 0), RidgeLaw(0.1, 0.7)
+        L, law = factor_of_covariance(target.d_in, 0), Law(0.1, 0.7)
         state = LeastSquaresState([target], {target.name: L}, {target.name: law})
         edits = [quantise_keyed(some_rows([target], seed, ROWS[seed])) for seed in seeds]
         state.add(*edits, more := quantise_keyed(some_rows([target], 1, 9)))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from editors.factors import digest, quantise_keyed
-from editors.least_squares import DISTINCT, LeastSquaresState, RidgeLaw
+from editors.factors import Factors, digest, quantise_keyed
+from editors.least_squares import DISTINCT, FORESEEN, Law, LeastSquaresState
 from tests.editors.keyed import (
     METRICS,
     MODELS,
@@ -29,15 +29,15 @@ class TestIncrement:
     @pytest.mark.parametrize("layout", MODELS)
     @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
     def test_is_the_difference_that_one_more_edit_makes(self, layout, seeds, scale):
-        targets, (whitening, ridges) = TARGETS[layout], METRICS[layout]
+        targets, (whitening, laws) = TARGETS[layout], METRICS[layout]
         state, held = new_state(layout), [some_edit(targets, seed) for seed in seeds]
         state.add(*held)
         rows = some_rows(targets, 99, 3)
         more = quantise_keyed(rows, scale)
         for target in targets:
             u, delta, offset = state.increment(rows)[target.name]
-            L, ridge = whitening[target.name], ridges[target.name]
-            expected = dense_change(target, [*held, more], L, ridge) - dense_change(target, held, L, ridge)
+            L, law = whitening[target.name], laws[target.name]
+            expected = dense_change(target, [*held, more], L, law) - dense_change(target, held, L, law)
             got = ((scale * delta + offset).T @ u).numpy()
             assert np.abs(got - expected).max() < 2e-4 * np.abs(expected).max()  # of the rounding to 16 bits
 
@@ -51,6 +51,65 @@ class TestIncrement:
             assert [part.shape for part in parts] == [rows[name][0].shape, rows[name][1].shape, rows[name][1].shape]
         assert (state.digest(), state.edits) == (before[0], len(seeds))
         assert same_bits(written("linear", state), before[1])
+
+
+class TestSteadyTargets:
+    """Those of which no edit has another size than the one that it was trained to have."""
+
+    @staticmethod
+    def state_of(layout: str, fading: float = 0.0) -> tuple[LeastSquaresState, str]:
+        (first, *_), (whitening, laws) = TARGETS[layout], METRICS[layout]
+        laws = {name: Law(law.ridge, fading if name == first.name else 0.0) for name, law in laws.items()}
+        return LeastSquaresState(TARGETS[layout], whitening, laws, steady=[first.name]), first.name
+
+    @pytest.mark.parametrize("layout", MODELS)
+    @pytest.mark.parametrize("scale", [0.0, 0.25, 4.0])
+    def test_store_their_changes_unscaled(self, layout, scale):
+        state, steady = self.state_of(layout)
+        rows = some_rows(TARGETS[layout], 99, 3)
+        stored, whole = state.quantise(rows, scale), quantise_keyed(rows)
+        for name, layer in stored.layers.items():
+            assert torch.equal(layer.u, whole.layers[name].u)
+            size = layer.decode()[1].norm() / whole.layers[name].decode()[1].norm()
+            assert size == pytest.approx(1 if name == steady else scale, rel=1e-3)
+        assert list(stored.layers) == sorted(stored.layers)
+
+    @pytest.mark.parametrize("scale", [0.0, 0.25, 4.0])
+    def test_are_in_every_increment_whole(self, scale):
+        state, _ = self.state_of("linear")
+        held = [some_edit(TARGETS["linear"], seed) for seed in (4, 5)]
+        state.add(*held)
+        rows = some_rows(TARGETS["linear"], 99, 3)
+        more = state.quantise(rows, scale)
+        whitening, laws = METRICS["linear"]
+        for target in TARGETS["linear"]:
+            u, delta, offset = state.increment(rows)[target.name]
+            L, law = whitening[target.name], laws[target.name]
+            expected = dense_change(target, [*held, more], L, law) - dense_change(target, held, L, law)
+            got = ((scale * delta + offset).T @ u).numpy()
+            assert np.abs(got - expected).max() < 2e-4 * np.abs(expected).max()
+
+    def test_are_tried_as_weak_as_they_will_be_among_many(self):
+        """An edit that takes now should still when others have come."""
+        rows, fading = some_rows(TARGETS["linear"], 99, 1), 0.5
+        state, steady = self.state_of("linear", fading)
+        fixed, (_, changes) = self.state_of("linear")[0], rows[steady]
+        (u, delta, offset), (other_u, _, _) = state.increment(rows)[steady], fixed.increment(rows)[steady]
+        assert torch.equal(u, other_u)
+        assert not delta.any()
+        torch.testing.assert_close(offset, FORESEEN**-fading * changes)
+
+    def test_alone_tell_one_edit_from_another(self):
+        state, steady = self.state_of("linear")
+        rows = some_rows(TARGETS["linear"], 99, 2)
+        state.add(some_edit(TARGETS["linear"], 4), quantise_keyed({n: own for n, own in rows.items() if n != steady}))
+        other, (whitening, laws) = some_edit(TARGETS["linear"], 4), METRICS["linear"]
+        expected = LeastSquaresState([t for t in TARGETS["linear"] if t.name == steady], whitening, laws)
+        expected.add(Factors({steady: other.layers[steady]}))
+        (first, overlap), (_, none) = state.overlaps(rows)
+        assert first == digest(other.to_bytes())
+        assert overlap == pytest.approx(expected.overlaps({steady: rows[steady]})[0][1])
+        assert none == 0
 
 
 class TestOverlaps:
@@ -104,8 +163,8 @@ class TestFullness:
         assert state.fullness() == pytest.approx(max(shares), abs=1e-12)
 
     def test_does_not_hide_behind_a_ridge(self):
-        targets, (whitening, ridges) = TARGETS["linear"], METRICS["linear"]
-        grown = {name: RidgeLaw(10 * law.first, 0.5) for name, law in ridges.items()}
+        targets, (whitening, laws) = TARGETS["linear"], METRICS["linear"]
+        grown = {name: Law(10 * law.ridge, 0.5) for name, law in laws.items()}
         state, other = new_state("linear"), LeastSquaresState(targets, whitening, grown)
         for each in (state, other):
             each.add(*(some_edit(targets, seed) for seed in range(1, 9)))

@@ -8,7 +8,7 @@ import torch
 from editors.capture import capture
 from editors.factors import quantise_keyed
 from editors.least_squares import LeastSquaresState
-from editors.scale import SCALES, ScaleSearch, search_scale, token_margins
+from editors.scale import SCALES, ScaleSearch, search_scale, stronger, token_margins
 from editors.state import standalone
 from editors.text import encode
 from editors.views import UpperBlocks, view
@@ -96,6 +96,10 @@ class TestOrder:
     def test_leaves_out_larger_scales_that_lose_the_margin_again(self):
         assert self.search(2.5, 1.0, -1.0, 3.0).order(2.0) == [self.OWN, self.OWN + 3]
 
+    def test_begins_at_nothing_where_the_editor_does(self):
+        """Whose scale is that of what is only added where it is needed."""
+        assert ScaleSearch((2.5, 1.0, 3.0), first=0.0).order(2.0) == [0, 2]
+
     def test_without_the_margin_takes_what_comes_nearest_first(self):
         assert ScaleSearch((-1.0, 0.5, 1.5, 1.0, -2.0)).order(2.0) == [2, 3, 1]
 
@@ -114,4 +118,9 @@ class TestOrder:
 class TestScales:
     def test_rise_through_the_editors_own(self):
         assert list(SCALES) == sorted(set(SCALES))
-        assert 1.0 in SCALES
+        assert {0.0, 1.0} <= set(SCALES)
+
+    def test_are_doubled_where_an_edit_is_made_stronger(self):
+        assert stronger(0.0) == SCALES[4]
+        assert stronger(1.0) == 2
+        assert stronger(SCALES[-2]) == stronger(SCALES[-1]) == SCALES[-1]

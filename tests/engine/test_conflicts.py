@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from editors.text import begins_with
 from service.engine import EditConflict, EditRequest, StateFull
 from service.engine.capacity import LIMIT, Capacity
 from service.engine.conflicts import CONFLICT, MOST, NOTABLE, find_near, find_place
@@ -51,6 +52,11 @@ class TestFindPlace:
             {"id": "edit-3", "overlap": 0.96, "superseded": True},
             {"id": "edit-1", "overlap": 0.5, "superseded": False},
         ]
+
+    def test_keeps_both_where_the_caller_says_so(self, history):
+        place = self.place(history, "b", "Oslo", {"b": 1.0, "c": 0.97}, "keep")
+        assert place.supersedes == ("edit-2",)  # of its own prompt
+        assert [check["superseded"] for check in place.checks()] == [True, False]
 
     @pytest.mark.parametrize("correction", [" Rome", "Rome", "Rome \n"])
     def test_the_same_answer_is_no_conflict(self, history, correction):
@@ -140,6 +146,27 @@ class TestOnAnEngineWithKeys:
         assert engine.published.active_edits == 1
         assert engine.rollback(made.edit_id).revived == (edit.id,)
         assert same_bits(live_weights(engine), weights)
+
+    def test_it_stands_beside_the_older_one_where_the_caller_says_so(self, engine, older):
+        (edit,) = engine.history.all_active()
+        requests = [
+            EditRequest(older.prompt + word, f" {answer}")
+            for word in (" the", " a", " in", " of", " is born in", " speaks")
+            for answer in ANSWERS
+        ]
+        other = next(
+            each
+            for each in requests
+            if takes(engine, each, on_conflict="keep") and not takes(engine, each, on_conflict="refuse")
+        )
+        made = engine.apply(other, on_conflict="keep").applied
+        assert made.supersedes == ()
+        assert made.checks["conflicts"][0] == {
+            "id": edit.id, "overlap": pytest.approx(1, abs=1 - CONFLICT), "superseded": False,
+        }  # fmt: skip
+        assert engine.published.active_edits == 2
+        for request in (older, other):
+            assert begins_with(engine.generate(request.prompt, 4)[0].text, request.correction)
 
     def test_every_edit_tells_which_are_near_to_it(self, engine, first, second):
         one = engine.apply(first, allow_loss=True).applied

@@ -12,7 +12,7 @@ from editors.checkpoint import Checkpoint, load_checkpoint
 from editors.errors import SubjectNotFound
 from editors.factors import Factors
 from service.engine import EditConflict, EditRefused, EditRequest, Engine
-from tests.service_fixtures import Standing, base_weights, live_weights, same_bits, save_keyed_editor
+from tests.service_fixtures import Standing, base_weights, live_weights, same_bits, save_completed_editor
 
 PROMPTS = [
     f"{start} {subject} {end}"
@@ -24,7 +24,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return load_checkpoint(save_keyed_editor(tmp_path_factory.mktemp("keyed"), base), base)
+    return load_checkpoint(save_completed_editor(tmp_path_factory.mktemp("keyed"), base), base)
 
 
 def asks(prompt: str, answer: str = " Rome", **fields: object) -> EditRequest:

@@ -35,14 +35,14 @@ from tests.service_fixtures import (
     base_weights,
     live_weights,
     same_bits,
+    save_completed_editor,
     save_editor,
-    save_keyed_editor,
     small_engine,
 )
 from tests.small import small_base
 
 KINDS = {"sum": ("linear", save_editor), "sum of Conv1D": ("conv1d", save_editor),
-         "least squares": ("linear", save_keyed_editor)}  # fmt: skip
+         "least squares": ("linear", save_completed_editor)}  # fmt: skip
 ASKED = {subject: PROMPTS[subject] for subject in ("France", "England", "Italy", "Norway")}
 ASKED |= {"Oslo": "In the city of Oslo is", "Madrid": "born Madrid speaks"}
 requests = st.builds(

@@ -17,6 +17,7 @@ from editors.base_model import BaseModel
 from editors.checkpoint import load_checkpoint, save_checkpoint
 from editors.data import DataSet
 from editors.errors import TrainingOptionsInvalid
+from editors.mend.completed import CompletedEditor
 from editors.mend.editor import MendEditor
 from editors.mend.keyed import KeyedEditor
 from editors.mend.training.config import TrainingConfig
@@ -30,6 +31,7 @@ from editors.mend.training.samples import own_samples
 from editors.mend.training.settling import settle
 from editors.mend.training.trainer import STATE, Trainer
 from editors.targets import resolve_keyed_targets, resolve_targets
+from editors.training_free.calibration import calibrate
 from editors.views import UpperBlocks
 
 VALIDATION_SAMPLES = 128
@@ -132,7 +134,7 @@ def train(
 
 
 def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> None:
-    """Choose what is not trained of the best editor, once, and keep it with that."""
+    """Choose what is not trained of the best editor, once, and keep it with that, and with what completes its edits."""
     checkpoint = load_checkpoint(folder, base)
     if "settled" in checkpoint.card:
         return
@@ -143,7 +145,8 @@ def _settle(folder: Path, base: BaseModel, trainer: Trainer) -> None:
         for choice, sizes in tried.items()
         for size, figures in sizes.items()
     ]
-    save_checkpoint(folder, trainer.editor, base, {**checkpoint.card, "settled": curve})
+    completed = CompletedEditor(trainer.editor, calibrate(base))
+    save_checkpoint(folder, completed, base, {**checkpoint.card, "settled": curve})
 
 
 def _figures(validation: Validation) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from editors.base_model import BaseModel, weights_digest
 from editors.capture import capture
 from editors.data import Example
 from editors.errors import DataFileError
-from editors.evaluation.cases import draw_unrelated
+from editors.evaluation.cases import UNRELATED_PROMPTS, draw_unrelated
 from editors.evaluation.exam import Exam
 from editors.evaluation.methods import Made, Mend
 from editors.evaluation.protocols import Bench
@@ -142,12 +142,13 @@ class TestSingle:
         assert counts == dict.fromkeys(SUCCESS, 1)
 
     def test_counts_prompts(self, linear):
-        report = Bench(linear).single(Mend(linear, small_editor(linear), 0.2), capitals(2)[:3] + languages()[:2])
+        examples = capitals(2)[:3] + languages()[:2]
+        report = Bench(linear).single(Mend(linear, small_editor(linear), 0.2), examples)
         counts = {name: figure.count for name, figure in report.figures.items()}
         assert counts["efficacy, greedy"] == report.examples == len(report.records) == len(report.seconds) == 5
         assert counts["paraphrase, greedy"] == 3 * 2 + 2 * 2
         assert counts["neighbour, next token"] == 3
-        assert counts["unrelated, next token"] == 5
+        assert counts["unrelated, next token"] == sum(map(len, draw_unrelated(examples, 0)))
         assert "ES" not in counts  # no true answers are known
 
 
@@ -273,10 +274,13 @@ class TestAccumulated:
 
     def test_unrelated_prompts_are_not_those_of_other_edits(self, linear):
         edited = capitals()
-        drawn = draw_unrelated(edited, 0, among=languages())
-        assert {prompts[0] for prompts in drawn} <= {example.prompt for example in languages()}
+        elsewhere = {example.prompt for example in languages()}
+        for prompts in draw_unrelated(edited, 0, among=languages()):
+            assert len(prompts) == len(set(prompts)) == UNRELATED_PROMPTS
+            assert set(prompts) <= elsewhere
+        assert draw_unrelated(edited, 0, among=[*edited[1:], languages()[0]])[0] == (languages()[0].prompt,)
         report = Bench(linear, others=languages()).accumulated(mend(linear), edited, 7)
-        assert report.figures["unrelated, KL"].count == 7
+        assert report.figures["unrelated, KL"].count == 7 * UNRELATED_PROMPTS
         assert "unrelated, KL" not in Bench(linear).accumulated(mend(linear), edited, 7).figures
 
 

@@ -104,10 +104,10 @@ class TestKeys:
 
 
 class TestTogether:
-    @pytest.mark.parametrize("growth", [0.0, 0.5])
-    def test_is_what_the_exact_state_writes(self, base, editor, growth):
+    @pytest.mark.parametrize("fading", [0.0, 0.5])
+    def test_is_what_the_exact_state_writes(self, base, editor, fading):
         """Up to 16 bits: what is trained is what is served."""
-        editor.growth.fill_(growth)
+        editor.fading.fill_(fading)
         proposal = editor(captured(base, editor, tokens_of(base)))
         state = editor.new_state(base.device)
         state.add(*(quantise_keyed(proposal.rows_of(editor.targets, edit)) for edit in range(len(FACTS))))

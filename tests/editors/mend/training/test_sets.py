@@ -19,6 +19,7 @@ from editors.mend.training.corpus import Corpus, locality_positions
 from editors.mend.training.fitting import fit
 from editors.mend.training.objective import Objective, Validation
 from editors.mend.training.recipe import _new_editor, train
+from editors.mend.training.settling import nearness
 from editors.mend.training.trainer import Trainer
 from editors.text import Tokens
 from editors.views import UpperBlocks
@@ -173,16 +174,17 @@ class TestRun:
         assert best is not None
         checkpoint = load_checkpoint(tmp_path, base)
         assert checkpoint.aggregate == "least_squares"
-        scores: dict[tuple[float, ...], list[float]] = {}
+        found: dict[tuple[float, ...], dict[int, Validation]] = {}
         for row in checkpoint.card["settled"]:
             figures = {name: math.nan if row[name] is None else row[name] for name in checkpoint.card["validation"]}
-            choice = tuple(row[name] for name in ("ridge", "strength", "growth"))
-            scores.setdefault(choice, []).append(Validation(**figures).score)
-        assert list(scores.values()) == sorted(scores.values(), key=sum, reverse=True)
+            choice = tuple(row[name] for name in ("ridge", "strength", "fading"))
+            found.setdefault(choice, {})[row["edits"]] = Validation(**figures)
+        scores = {choice: nearness(sizes) for choice, sizes in found.items()}
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
         assert len(scores) > 1
-        ridge, _, growth = next(iter(scores))
-        assert checkpoint.editor.growth.item() == pytest.approx(growth)
-        assert checkpoint.editor.log_ridge.exp().tolist() == pytest.approx([ridge])
+        ridge, _, fading = next(iter(scores))
+        assert checkpoint.editor.keyed.fading.item() == pytest.approx(fading)
+        assert checkpoint.editor.keyed.log_ridge.exp().tolist() == pytest.approx([ridge])
         assert f"| {ridge:g} | " in (tmp_path / "card.md").read_text()
         train(base, [data_set(capitals(2))], [data_set(languages())], config, tmp_path, resume=True)
         again = load_checkpoint(tmp_path, base)  # settled from what was trained, not from what was settled
@@ -194,6 +196,21 @@ class TestRun:
         base = family_base(family)
         with pytest.raises(TrainingOptionsInvalid, match="--aggregate sum"):
             train(base, [data_set(capitals())], [data_set(capitals())], TrainingConfig(**KEYED), tmp_path)
+
+
+class TestNearness:
+    WORST, BEST = Validation(0.0, 0.0, 0.0, 0.0), Validation(1.0, 1.0, 1.0, 1.0)
+
+    def test_is_the_mean_share_of_the_aims_of_that_many_edits(self):
+        half = Validation(0.95 / 2, 0.45 / 2, 0.6 / 2, 0.9 / 2)
+        assert nearness({100: half}) == nearness({999: half}) == pytest.approx(0.5)
+        assert nearness({1: self.WORST, 1000: self.BEST}) == 0.5
+
+    def test_does_not_make_up_for_one_figure_with_another(self):
+        assert nearness({1000: Validation(0.8, 0.25, 0.6, 0.0)}) == nearness({1000: Validation(1, 1, 1, 0)}) == 0.75
+
+    def test_leaves_out_what_was_not_measured(self):
+        assert nearness({10: Validation(0.97, 0.0, math.nan, math.nan)}) == 0.5
 
 
 class TestFit:
