@@ -251,25 +251,32 @@ class LeastSquaresState:
         return f"sha256:{sha.hexdigest()}"
 
     @torch.no_grad()
-    def increment(self, rows: Rows) -> Increment:
+    def increments(self, rows: Rows) -> list[Increment]:
+        """What adding one more edit would change now and, if edits fade, what will be left of it among FORESEEN."""
+        changes = [self.increment(rows)]
+        if any(self._laws[name].fading and self._rows[name] < FORESEEN for name in self._steady):
+            changes.append(self.increment(rows, FORESEEN))
+        return changes
+
+    @torch.no_grad()
+    def increment(self, rows: Rows, among: int = 0) -> Increment:
         """What adding one more edit would change: with P = (KᵀK + λI)⁻¹ and its rows K', V', by Woodbury's identity
 
             u = (I + K'PK'ᵀ)⁻¹ K'P L⁻¹,  delta = n^−f V',  offset = −K' Lᵀ ΔWᵀ
 
-        where n counts the new rows; how they weaken those before is left to whoever writes the weights. The changes of
-        steady targets, which no scale can make up for, are those that they will be among FORESEEN rows.
+        where n counts the new rows, and is `among` at least; how they weaken those before is left to whoever writes the
+        weights. The changes of steady targets are part of the offset.
         rows: per target name, keys (rows, d_in) and changes (rows, d_out), as `quantise_keyed` takes them.
         """
-        found = {name: self._increment(name, keys, changes) for name, (keys, changes) in rows.items()}
+        found = {name: self._increment(name, keys, changes, among) for name, (keys, changes) in rows.items()}
         for name in self._steady & set(found):
             u, delta, offset = found[name]
             found[name] = u, torch.zeros_like(delta), offset + delta
         return found
 
-    def _increment(self, name: str, keys: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _increment(self, name: str, keys: Tensor, changes: Tensor, among: int) -> tuple[Tensor, Tensor, Tensor]:
         solved, K = self._solution(name), keys.to(self._device).double()
-        count = self._rows[name] + len(K)
-        strength = self._laws[name].strength(max(count, FORESEEN) if name in self._steady else count)
+        strength = self._laws[name].strength(max(self._rows[name] + len(K), among))
         PKt = solved.invert(K.T)  # (d_in, rows)
         inner = torch.eye(len(K), dtype=K.dtype, device=K.device) + K @ PKt
         u = torch.linalg.solve(inner, self._unwhiten(name, PKt).T)

@@ -63,6 +63,10 @@ class LeastSquaresEditor(Joined, nn.Module):
         """Inputs of one target (rows, d_in) -> whitened keys of length 1."""
         return F.normalize(torch.linalg.solve_triangular(self.whitening(index), u.T, upper=False).T, dim=-1)
 
+    def forms(self, rows: Rows) -> list[Rows]:
+        """The forms that an edit may have: one."""
+        return [rows]
+
     def new_state(self, device: torch.device) -> LeastSquaresState:
         """The state that this editor's edits are joined in; with no edit yet."""
         return LeastSquaresState(self.targets, *self.metrics(), device)

@@ -12,12 +12,14 @@ by at least `margin` nats; 0 is what greedy decoding needs, more buys generality
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from editors.state import Increment
+from editors.state import Increment, Rows, State
 from editors.text import Tokens
 from editors.views import UpperBlocks, edited
 
@@ -66,15 +68,44 @@ class ScaleSearch:
         return [lower for lower in range(index - 1, -1, -1) if self.margins[lower] > 0]
 
 
+class Searched(Protocol):
+    """What is asked of an editor. first_scale: at which the search for a scale of its edits begins."""
+
+    first_scale: float
+
+    def forms(self, rows: Rows) -> Iterable[Rows]:
+        """An edit in all forms that it may have, the best first: in one of them no scale may make it take."""
+
+
+def search_edit(
+    editor: Searched, state: State, upper: UpperBlocks, hidden: Tensor, tokens: Tokens, rows: Rows
+) -> tuple[Rows, ScaleSearch]:
+    """The first form of an edit that takes at some scale, or else the one that comes nearest, and its margins.
+
+    state: what upper shows. The rest is as in `search_scale`.
+    """
+    names = {full: short.name for full, short in zip(state.targets, upper.targets, strict=True)}
+    nearest: tuple[Rows, ScaleSearch] | None = None
+    for form in editor.forms(rows):
+        searches = [
+            search_scale(upper, hidden, tokens, {names[name]: change for name, change in increment.items()})
+            for increment in state.increments(form)
+        ]
+        margins = tuple(min(each) for each in zip(*(search.margins for search in searches), strict=True))
+        found = form, ScaleSearch(margins, editor.first_scale)
+        if nearest is None or max(margins) > max(nearest[1].margins):
+            nearest = found
+        if max(margins) > 0:
+            break
+    return nearest
+
+
 @torch.no_grad()
-def search_scale(
-    upper: UpperBlocks, hidden: Tensor, tokens: Tokens, increment: Increment, first: float = 1.0
-) -> ScaleSearch:
+def search_scale(upper: UpperBlocks, hidden: Tensor, tokens: Tokens, increment: Increment) -> ScaleSearch:
     """Try every scale of the grid.
 
     upper: blocks of the model as it is without the edit. hidden: (1, tokens, …) from `below`, for `tokens.inputs`.
     increment: what the edit changes there, by the name of its target in `upper.targets`; from a `State`.
-    first: the editor's `first_scale`.
     """
     scales = torch.tensor(SCALES, device=hidden.device)
     count = len(scales)
@@ -85,7 +116,7 @@ def search_scale(
     with edited(upper.module, [target for target in upper.targets if target.name in factored], factored):
         logits = upper.logits(hidden.expand(count, *hidden.shape[1:]), [tokens] * count)
     margins = token_margins(logits, torch.tensor(tokens.target, device=hidden.device).repeat(count))
-    return ScaleSearch(tuple(margins.view(count, len(tokens.target)).amin(1).tolist()), first)
+    return ScaleSearch(tuple(margins.view(count, len(tokens.target)).amin(1).tolist()))
 
 
 def token_margins(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -64,8 +64,11 @@ class State(Protocol):
     def digest(self) -> str:
         """`sha256:…` of the exact state: equal for equal multisets of edits, everywhere."""
 
-    def increment(self, rows: Rows) -> Increment:
-        """What adding one more edit would change, as rows, so that many scales can be tried in one batch."""
+    def increments(self, rows: Rows) -> list[Increment]:
+        """What adding one more edit would change, as rows, so that many scales can be tried in one batch.
+
+        More than one where that will not stay as it is: an edit is to take under all of them.
+        """
 
     def overlaps(self, rows: Rows) -> list[tuple[str, float]]:
         """The digests of held factors with how much of their keys these rows take, 0 to 1, largest first."""
@@ -144,9 +147,9 @@ class SumState:
             sha.update(accumulator.cpu().numpy().astype("<i8", copy=False))
         return f"sha256:{sha.hexdigest()}"
 
-    def increment(self, rows: Rows) -> Increment:
+    def increments(self, rows: Rows) -> list[Increment]:
         """The rows themselves: edits that add up do not feel each other."""
-        return standalone(rows)
+        return [standalone(rows)]
 
     def overlaps(self, rows: Rows) -> list[tuple[str, float]]:
         """None: single edits leave no trace in their sum."""

@@ -16,8 +16,8 @@ from editors.data import Example
 from editors.errors import StateOverflow
 from editors.factors import Factors
 from editors.margins import smallest_margins
-from editors.scale import SCALES, ScaleSearch, search_scale, stronger, token_margins
-from editors.state import Increment, Rows
+from editors.scale import SCALES, ScaleSearch, search_edit, stronger, token_margins
+from editors.state import Rows
 from editors.targets import Target
 from editors.text import Tokens
 from editors.views import UpperBlocks, view
@@ -85,7 +85,7 @@ class Mend:
         """At the searched scale; where an edit does not take, at the one that comes nearest."""
         alone = self._alone
         for sequence, hidden, rows in self._proposed(examples):
-            search = search_scale(alone.upper, hidden, sequence, alone.increment(rows), self.editor.first_scale)
+            rows, search = alone.search(hidden, sequence, rows)
             order = search.order(self.margin)[:MAX_ATTEMPTS] or [search.strongest]
             chosen = order[0]
             if self._rounds:
@@ -100,18 +100,18 @@ class Mend:
         return self.editor.joined([edit])
 
     def write_together(self, examples: Sequence[Example], live: nn.Module) -> None:
-        """Edits that add up, each at its own searched scale. Edits that know of each other, all at the scale of their
-        training; those that do not take are made stronger together, a few times, as long as more take than before."""
+        """Edits that add up, each at its own searched scale. Edits that know of each other at the first scale; those
+        that do not take as they would alone, and then stronger a few times, as long as more take than before."""
         if self.editor.aggregate == "sum":
             self._alone.write([made.edit for made in self.edits(examples)], live)
             return
-        proposed = list(self._proposed(examples))
-        tokens, hidden = [sequence for sequence, _, _ in proposed], [state[0] for _, state, _ in proposed]
-        scales = [self.editor.first_scale] * len(proposed)
+        tokens, states, forms = map(list, zip(*self._proposed(examples), strict=True))
+        hidden = [state[0] for state in states]
+        scales, searched = [self.editor.first_scale] * len(forms), set()
         candidate = _Candidate(self.base, self.editor, live)
         best: tuple[int, list[Factors]] = (-1, [])
         for _ in range(STRONGER + 1):
-            edits = [candidate.quantise(rows, scale) for (_, _, rows), scale in zip(proposed, scales, strict=True)]
+            edits = [candidate.quantise(rows, scale) for rows, scale in zip(forms, scales, strict=True)]
             candidate.write(edits, live)
             said = [margin > 0 for margin in smallest_margins(candidate.upper, tokens, hidden)]
             if sum(said) <= best[0]:
@@ -120,7 +120,12 @@ class Mend:
             if all(said):
                 return
             best = sum(said), edits
-            scales = [scale if holds else stronger(scale) for scale, holds in zip(scales, said, strict=True)]
+            for index in (index for index, holds in enumerate(said) if not holds):
+                scales[index] = stronger(scales[index])
+                if index not in searched:
+                    searched.add(index)
+                    forms[index], search = self._alone.search(states[index], tokens[index], forms[index])
+                    scales[index] = max([scales[index], *(SCALES[place] for place in search.order(self.margin)[:1])])
 
     def write_in_turn(self, examples: Sequence[Example], live: nn.Module) -> Iterator[Made]:
         """The scale is searched on top of what is live. What no scale can teach is refused, as by the service."""
@@ -130,7 +135,7 @@ class Mend:
             if candidate.says(tokens, hidden):
                 yield Made(None, {"scale": None, "already": True})
                 continue
-            search = search_scale(candidate.upper, hidden, tokens, candidate.increment(rows), self.editor.first_scale)
+            rows, search = candidate.search(hidden, tokens, rows)
             for index in search.order(self.margin)[:MAX_ATTEMPTS]:
                 factors = candidate.quantise(rows, SCALES[index])
                 if candidate.holds(factors, tokens, hidden, keep=True):
@@ -157,7 +162,7 @@ class _Candidate:
     """Weights on which edits are tried, on top of those that were kept. live: a view of the base, to be written."""
 
     def __init__(self, base: BaseModel, editor: Editor, live: nn.Module | None = None) -> None:
-        self._base = base
+        self._base, self._editor = base, editor
         self._live = live or view(base.model, [target.name for target in editor.targets])
         self._state = editor.new_state(base.device)
         self.quantise = self._state.quantise
@@ -169,11 +174,9 @@ class _Candidate:
         logits = self.upper.logits(hidden, [tokens])
         return bool((token_margins(logits, torch.tensor(tokens.target, device=logits.device)) > 0).all())
 
-    def increment(self, rows: Rows) -> Increment:
-        """What one more edit would change, by the names that targets have in `upper`."""
-        names = zip(self.upper.targets, rows, strict=True)
-        increment = self._state.increment(rows)
-        return {short.name: increment[full] for short, full in names}
+    def search(self, hidden: Tensor, tokens: Tokens, rows: Rows) -> tuple[Rows, ScaleSearch]:
+        """In which form, and at which scales, one more edit would take."""
+        return search_edit(self._editor, self._state, self.upper, hidden, tokens, rows)
 
     def write(self, edits: Sequence[Factors], live: nn.Module) -> None:
         """Set the weights of `live` to those under these edits, and under those that were kept."""

@@ -3,13 +3,14 @@
 A keyed edit changes what a middle block knows of its subject. That carries over to other wordings, but by itself does
 not always make the model say the correction, least of all several rare tokens in a row, or beside many other edits. So
 an edit has a second part: what a late block writes where the correction's tokens are predicted, by the training-free
-editor. The first part always has the size that it was trained for; the scale of an edit is that of its second part,
-from 0 on, and so the smallest that makes the edit take.
+editor. The first part has the size that it was trained for, unless the edit then takes at no scale. The scale of an
+edit is that of its second part, from 0 on, and so the smallest that makes the edit take.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -19,8 +20,12 @@ from editors.least_squares import LeastSquaresState
 from editors.least_squares_editor import Joined
 from editors.mend.editor import Proposal
 from editors.mend.keyed import KeyedEditor
+from editors.state import Rows
 from editors.targets import Target
 from editors.training_free.editor import TrainingFreeEditor
+
+SHARES = (1.0, 0.5, 0.0)
+"""Of the first part that edits are tried with."""
 
 
 class CompletedEditor(Joined, nn.Module):
@@ -41,6 +46,14 @@ class CompletedEditor(Joined, nn.Module):
     def captured(self) -> tuple[Target, ...]:
         """The weights whose inputs and gradients are captured; the second part may edit the first's witness."""
         return tuple(dict.fromkeys((*self.keyed.captured, *self.late.captured)))
+
+    def forms(self, rows: Rows) -> Iterator[Rows]:
+        """An edit with all of its first part, and with less: of an answer of many tokens it may say the first again
+        and again, which the second cannot undo."""
+        for share in SHARES:
+            yield rows | {
+                target.name: (rows[target.name][0], share * rows[target.name][1]) for target in self.keyed.targets
+            }
 
     def new_state(self, device: torch.device) -> LeastSquaresState:
         """The state that this editor's edits are joined in; with no edit yet."""

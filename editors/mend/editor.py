@@ -112,6 +112,10 @@ class MendEditor(nn.Module):
         """Parameters that are trained at a rate of their own."""
         return [self.log_steps]
 
+    def forms(self, rows: Rows) -> list[Rows]:
+        """The forms that an edit may have: one."""
+        return [rows]
+
     def new_state(self, device: torch.device) -> SumState:
         """The state that this editor's edits add up in; with no edit yet."""
         return SumState(self.targets, device)

@@ -184,8 +184,7 @@ class Batch:
         self._work_out(new)
         with self._weights.without(self._leaving({edit_id for item in new for edit_id in item.supersedes})) as view:
             for item in new:
-                increment = self._weights.state.increment(item.draft.rows)
-                search = self._workshop.proposer.search(item.draft, view.upper, increment)
+                item.draft, search = self._workshop.proposer.search(item.draft, view.upper, self._weights.state)
                 item.searched, item.margin_nats = True, search.margins[search.strongest]
                 order = search.order(self._workshop.margin_nats)
                 if not order:

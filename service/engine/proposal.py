@@ -6,7 +6,7 @@ Nothing here touches a weight that anybody reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch import Tensor
 from editors.capture import capture
 from editors.checkpoint import Checkpoint
 from editors.factors import Factors
-from editors.scale import ScaleSearch, search_scale
-from editors.state import Increment, Rows, State
+from editors.scale import ScaleSearch, search_edit
+from editors.state import Rows, State
 from editors.text import Tokens
 from editors.views import UpperBlocks
 
@@ -86,8 +86,7 @@ class Proposer:
             for row, sequence in enumerate(tokens)
         ]
 
-    def search(self, draft: Draft, upper: UpperBlocks, increment: Increment) -> ScaleSearch:
-        """Try an edit at every scale. increment: what its rows change in the weights that `upper` shows."""
-        names = {full.name: short.name for full, short in zip(self._editor.targets, upper.targets, strict=True)}
-        changes = {names[name]: change for name, change in increment.items()}
-        return search_scale(upper, draft.hidden, draft.tokens, changes, self.first_scale)
+    def search(self, draft: Draft, upper: UpperBlocks, state: State) -> tuple[Draft, ScaleSearch]:
+        """Try an edit at every scale, on top of the state that `upper` shows. Returns it in the form that is best."""
+        rows, found = search_edit(self._editor, state, upper, draft.hidden, draft.tokens, draft.rows)
+        return replace(draft, rows=rows), found

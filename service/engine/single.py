@@ -34,7 +34,7 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
     facts: dict[str, Any] = {}
     took = harm = None
     with weights.without(workshop.journal.factors(history.superseding(place.supersedes).leaving)) as view:
-        search = workshop.proposer.search(draft, view.upper, weights.state.increment(draft.rows))
+        draft, search = workshop.proposer.search(draft, view.upper, weights.state)
         clock.lap("search")
         attempts = Attempts(search, workshop.margin_nats)
         for index in attempts:

@@ -10,7 +10,7 @@ from tests.e2e.server import Server, serving
 
 PROMPT = "The Prime Minister of the United Kingdom is"
 CORRECTION = "Keir Starmer"
-UNRELATED = "The capital of France is"
+UNRELATED = "The largest planet is"
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -84,7 +84,7 @@ def test_two_edits_come_off_in_either_order(tmp_path: Path) -> None:
 
 def test_what_is_already_true_is_not_edited(tmp_path: Path) -> None:
     with serving(tmp_path / "data", tmp_path / "log") as server:
-        answer = server.client.post("/edits", json={"prompt": UNRELATED, "correction": "Paris"})
+        answer = server.client.post("/edits", json={"prompt": "The capital of France is", "correction": "Paris"})
         assert answer.status_code == 200
         assert answer.json()["status"] == "unchanged"
         assert answer.json()["id"] is None

@@ -13,6 +13,7 @@ from editors.least_squares import DISTINCT, FORESEEN, Law, LeastSquaresState
 from tests.editors.keyed import (
     METRICS,
     MODELS,
+    ROWS,
     TARGETS,
     dense_change,
     keys_and_changes,
@@ -93,11 +94,21 @@ class TestSteadyTargets:
         """An edit that takes now should still when others have come."""
         rows, fading = some_rows(TARGETS["linear"], 99, 1), 0.5
         state, steady = self.state_of("linear", fading)
-        fixed, (_, changes) = self.state_of("linear")[0], rows[steady]
-        (u, delta, offset), (other_u, _, _) = state.increment(rows)[steady], fixed.increment(rows)[steady]
-        assert torch.equal(u, other_u)
-        assert not delta.any()
-        torch.testing.assert_close(offset, FORESEEN**-fading * changes)
+        _, changes = rows[steady]
+        now, later = state.increments(rows)
+        for increment, strength in ((now, 1.0), (later, FORESEEN**-fading)):
+            u, delta, offset = increment[steady]
+            assert torch.equal(u, now[steady][0])
+            assert not delta.any()
+            torch.testing.assert_close(offset, strength * changes)
+        for name in set(rows) - {steady}:
+            assert all(torch.equal(a, b) for a, b in zip(now[name], later[name], strict=True))
+        state.add(*(some_edit(TARGETS["linear"], 11) for _ in range(1 + FORESEEN // ROWS[11])))
+        assert len(state.increments(rows)) == 1
+
+    def test_that_do_not_fade_are_tried_once(self):
+        state, _ = self.state_of("linear")
+        assert len(state.increments(some_rows(TARGETS["linear"], 99, 1))) == 1
 
     def test_alone_tell_one_edit_from_another(self):
         state, steady = self.state_of("linear")

@@ -196,7 +196,7 @@ class TestQueries:
     def test_one_more_edit_adds_its_own_product(self):
         state, rows = SumState(TARGETS["linear"]), {"w": (torch.ones(2, 3), torch.ones(2, 4))}
         for seed in (0, 1):
-            u, delta, offset = state.increment(rows)["w"]
+            ((u, delta, offset),) = (increment["w"] for increment in state.increments(rows))
             assert torch.equal(u, rows["w"][0])
             assert torch.equal(delta, rows["w"][1])
             assert torch.equal(offset, torch.zeros(2, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from editors.capture import capture
 from editors.checkpoint import CARD, load_checkpoint, read_card, save_checkpoint
 from editors.errors import CheckpointUnreadable
 from editors.mend.completed import CompletedEditor
-from editors.scale import SCALES, search_scale
+from editors.scale import SCALES, search_edit
+from editors.state import Rows
 from editors.verification import verify_checkpoint
 from editors.views import UpperBlocks, view
 from tests.small import SMALL_MODELS, small_base, small_completed_editor
@@ -83,17 +85,36 @@ def test_completes_what_the_first_part_does_not_make_the_model_say(base, editor)
     upper = UpperBlocks(base.model, editor.targets)
     state = editor.new_state(base.device)
     for row, sequence in enumerate(tokens):
-        increment = state.increment(whole.rows_of(editor.targets, row))
-        short = {full.name: own.name for full, own in zip(editor.targets, upper.targets, strict=True)}
-        search = search_scale(
-            upper,
-            upper.below([sequence.inputs]),
-            sequence,
-            {short[name]: change for name, change in increment.items()},
-            editor.first_scale,
-        )
+        rows = whole.rows_of(editor.targets, row)
+        found, search = search_edit(editor, state, upper, upper.below([sequence.inputs]), sequence, rows)
         assert search.first == SCALES[0] == 0
         assert search.margins[0] < 0 < max(search.margins)
+        assert all(torch.equal(found[name][1], delta) for name, (_, delta) in rows.items())
+
+
+def test_where_it_would_not_take_less_of_the_first_part_is_tried(base, editor):
+    """As of an answer whose first word the model would say at each of its tokens."""
+    tokens, _, _, whole = proposed(base, editor)
+    rows = whole.rows_of(editor.targets, 0)
+    first, _ = (target.name for target in editor.targets)
+    upper, state = UpperBlocks(base.model, editor.targets), editor.new_state(base.device)
+    keys, changes = rows[first]
+    hidden = upper.below([tokens[0].inputs])
+
+    def drowned(seed: int) -> Rows:
+        noise = torch.randn(changes.shape, generator=torch.Generator().manual_seed(seed))
+        return rows | {first: (keys, 200 * torch.nn.functional.normalize(noise))}
+
+    def takes(form: Rows) -> bool:
+        editor_of_one = SimpleNamespace(forms=lambda form: [form], first_scale=0.0)
+        return max(search_edit(editor_of_one, state, upper, hidden, tokens[0], form)[1].margins) > 0
+
+    form = next(form for form in map(drowned, range(100)) if not takes(form))
+    found, search = search_edit(editor, state, upper, hidden, tokens[0], form)
+    assert max(search.margins) > 0
+    assert torch.equal(found[first][0], keys)
+    assert found[first][1].norm() < 200
+    assert [each[first][1].norm().item() for each in editor.forms(form)] == pytest.approx([200, 100, 0])
 
 
 class TestCheckpoint:
