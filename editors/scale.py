@@ -58,6 +58,15 @@ class ScaleSearch:
         taking = [index for index, value in enumerate(self.margins) if value > 0]
         return sorted(taking, key=lambda index: -self.margins[index])
 
+    def rank(self, margin: float) -> tuple[int, float]:
+        """How good the best scale is; larger is better.
+
+        First that it takes with the margin, then that it takes; then how small it is, or how near it comes.
+        """
+        best, *_ = [*self.order(margin), self.strongest]
+        reached = self.margins[best]
+        return (2, -SCALES[best]) if reached >= margin else (int(reached > 0), reached)
+
     @property
     def strongest(self) -> int:
         """The scale with the largest margin."""
@@ -74,30 +83,30 @@ class Searched(Protocol):
     first_scale: float
 
     def forms(self, rows: Rows) -> Iterable[Rows]:
-        """An edit in all forms that it may have, the best first: in one of them no scale may make it take."""
+        """An edit in all forms that it may have, those first that are to be taken where others are no better."""
 
 
 def search_edit(
-    editor: Searched, state: State, upper: UpperBlocks, hidden: Tensor, tokens: Tokens, rows: Rows
+    editor: Searched, state: State, upper: UpperBlocks, hidden: Tensor, tokens: Tokens, rows: Rows, margin: float
 ) -> tuple[Rows, ScaleSearch]:
-    """The first form of an edit that takes at some scale, or else the one that comes nearest, and its margins.
+    """The form in which an edit takes with the margin at the smallest scale, or else comes nearest, and its margins.
 
     state: what upper shows. The rest is as in `search_scale`.
     """
     names = {full: short.name for full, short in zip(state.targets, upper.targets, strict=True)}
-    nearest: tuple[Rows, ScaleSearch] | None = None
+    best: tuple[Rows, ScaleSearch] | None = None
     for form in editor.forms(rows):
         searches = [
             search_scale(upper, hidden, tokens, {names[name]: change for name, change in increment.items()})
             for increment in state.increments(form)
         ]
         margins = tuple(min(each) for each in zip(*(search.margins for search in searches), strict=True))
-        found = form, ScaleSearch(margins, editor.first_scale)
-        if nearest is None or max(margins) > max(nearest[1].margins):
-            nearest = found
-        if max(margins) > 0:
+        found = ScaleSearch(margins, editor.first_scale)
+        if best is None or found.rank(margin) > best[1].rank(margin):
+            best = form, found
+        if found.rank(margin) == (2, -editor.first_scale):
             break
-    return nearest
+    return best
 
 
 @torch.no_grad()

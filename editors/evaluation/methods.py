@@ -77,7 +77,7 @@ class Mend:
         self.base, self.editor, self.margin, self.name = base, editor, margin, name
         self.targets = editor.targets
         self._upper = UpperBlocks(base.model, editor.captured)
-        self._alone = _Candidate(base, editor)
+        self._alone = _Candidate(base, editor, margin)
         # Small changes vanish when weights are rounded, so there a scale has to be tried on rounded weights.
         self._rounds = torch.finfo(base.dtype).eps > torch.finfo(torch.float32).eps
 
@@ -108,7 +108,7 @@ class Mend:
         tokens, states, forms = map(list, zip(*self._proposed(examples), strict=True))
         hidden = [state[0] for state in states]
         scales, searched = [self.editor.first_scale] * len(forms), set()
-        candidate = _Candidate(self.base, self.editor, live)
+        candidate = _Candidate(self.base, self.editor, self.margin, live)
         best: tuple[int, list[Factors]] = (-1, [])
         for _ in range(STRONGER + 1):
             edits = [candidate.quantise(rows, scale) for rows, scale in zip(forms, scales, strict=True)]
@@ -129,7 +129,7 @@ class Mend:
 
     def write_in_turn(self, examples: Sequence[Example], live: nn.Module) -> Iterator[Made]:
         """The scale is searched on top of what is live. What no scale can teach is refused, as by the service."""
-        candidate = _Candidate(self.base, self.editor, live)
+        candidate = _Candidate(self.base, self.editor, self.margin, live)
         for example in examples:
             ((tokens, hidden, rows),) = self._proposed([example])
             if candidate.says(tokens, hidden):
@@ -161,8 +161,8 @@ class Mend:
 class _Candidate:
     """Weights on which edits are tried, on top of those that were kept. live: a view of the base, to be written."""
 
-    def __init__(self, base: BaseModel, editor: Editor, live: nn.Module | None = None) -> None:
-        self._base, self._editor = base, editor
+    def __init__(self, base: BaseModel, editor: Editor, margin: float, live: nn.Module | None = None) -> None:
+        self._base, self._editor, self._margin = base, editor, margin
         self._live = live or view(base.model, [target.name for target in editor.targets])
         self._state = editor.new_state(base.device)
         self.quantise = self._state.quantise
@@ -176,7 +176,7 @@ class _Candidate:
 
     def search(self, hidden: Tensor, tokens: Tokens, rows: Rows) -> tuple[Rows, ScaleSearch]:
         """In which form, and at which scales, one more edit would take."""
-        return search_edit(self._editor, self._state, self.upper, hidden, tokens, rows)
+        return search_edit(self._editor, self._state, self.upper, hidden, tokens, rows, self._margin)
 
     def write(self, edits: Sequence[Factors], live: nn.Module) -> None:
         """Set the weights of `live` to those under these edits, and under those that were kept."""

@@ -3,8 +3,8 @@
 A keyed edit changes what a middle block knows of its subject. That carries over to other wordings, but by itself does
 not always make the model say the correction, least of all several rare tokens in a row, or beside many other edits. So
 an edit has a second part: what a late block writes where the correction's tokens are predicted, by the training-free
-editor. The first part has the size that it was trained for, unless the edit then takes at no scale. The scale of an
-edit is that of its second part, from 0 on, and so the smallest that makes the edit take.
+editor. The first part has the size that it was trained for, unless the edit needs less of the second with less of the
+first. The scale of an edit is that of its second part, from 0 on, and so the smallest that makes the edit take.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class CompletedEditor(Joined, nn.Module):
         return tuple(dict.fromkeys((*self.keyed.captured, *self.late.captured)))
 
     def forms(self, rows: Rows) -> Iterator[Rows]:
-        """An edit with all of its first part, and with less: of an answer of many tokens it may say the first again
-        and again, which the second cannot undo."""
+        """An edit with all of its first part, and with less: of an answer of many tokens that may say the first again
+        and again, so that the second has to undo it."""
         for share in SHARES:
             yield rows | {
                 target.name: (rows[target.name][0], share * rows[target.name][1]) for target in self.keyed.targets

@@ -69,7 +69,7 @@ class Proposer:
 
     def __init__(self, checkpoint: Checkpoint, pristine: UpperBlocks, state: State) -> None:
         self._editor, self._pristine, self._quantise = checkpoint.editor, pristine, state.quantise
-        self.first_scale = checkpoint.editor.first_scale
+        self.first_scale, self._margin_nats = checkpoint.editor.first_scale, checkpoint.margin_nats
 
     @torch.no_grad()
     def draft(self, tokens: Sequence[Tokens]) -> list[Draft]:
@@ -88,5 +88,5 @@ class Proposer:
 
     def search(self, draft: Draft, upper: UpperBlocks, state: State) -> tuple[Draft, ScaleSearch]:
         """Try an edit at every scale, on top of the state that `upper` shows. Returns it in the form that is best."""
-        rows, found = search_edit(self._editor, state, upper, draft.hidden, draft.tokens, draft.rows)
+        rows, found = search_edit(self._editor, state, upper, draft.hidden, draft.tokens, draft.rows, self._margin_nats)
         return replace(draft, rows=rows), found

