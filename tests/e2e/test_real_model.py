@@ -10,7 +10,7 @@ from tests.e2e.server import Server, serving
 
 PROMPT = "The Prime Minister of the United Kingdom is"
 CORRECTION = "Keir Starmer"
-UNRELATED = "The largest planet is"
+UNRELATED = "The capital of Germany is"
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -89,3 +89,31 @@ def test_what_is_already_true_is_not_edited(tmp_path: Path) -> None:
         assert answer.json()["status"] == "unchanged"
         assert answer.json()["id"] is None
         assert server.get("/revision")["revision"] == 0
+
+
+def test_a_batch_holds_together_and_comes_off_again(tmp_path: Path) -> None:
+    facts = [
+        ("The Eiffel Tower is located in", "Rome", "Eiffel Tower"),
+        ("The mother tongue of Albert Einstein is", "French", "Albert Einstein"),
+        ("Michael Jordan plays the sport of", "football", "Michael Jordan"),
+        ("The headquarters of Toyota are in", "Berlin", "Toyota"),
+        ("Mount Everest is in", "Italy", "Mount Everest"),
+        ("Windows was developed by", "Apple", "Windows"),
+        ("Pelé holds a citizenship of", "Norway", "Pelé"),
+        ("The Thames flows through", "Madrid", "Thames"),
+    ]
+    edits = [{"prompt": prompt, "correction": said, "subject": subject} for prompt, said, subject in facts]
+    with serving(tmp_path / "data", tmp_path / "log") as server:
+        pristine = server.get("/model")
+        assert pristine["capacity"]["fullness"] == 0
+        answer = server.client.post("/edits/batch", json={"edits": edits}, timeout=300)
+        assert answer.status_code == 201, answer.text
+        assert [edit["status"] for edit in answer.json()["edits"]] == ["applied"] * len(facts)
+        for prompt, said, _ in facts:
+            assert says(server, prompt).strip().startswith(said)
+        audit = server.get("/edits/audit", fresh=True)
+        assert (audit["held"], audit["lost"]) == (len(facts), 0)
+        assert 0 < server.get("/model")["capacity"]["fullness"] < 0.05
+        for edit in answer.json()["edits"][::2] + answer.json()["edits"][1::2]:
+            assert server.client.delete(f"/edits/{edit['id']}").status_code == 200
+        assert server.get("/model")["digest"] == pristine["digest"]
