@@ -22,7 +22,8 @@ from starlette.exceptions import HTTPException
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
-from service.api.schemas import BatchBody, BatchItem, BatchQuery, BatchSummary, BatchView, EditBody, digest_of
+from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of
+from service.api.views import BatchItem, BatchSummary, BatchView
 from service.engine import BatchOutcome, Tell
 
 JSON, JSON_LINES = "application/json", "application/x-ndjson"

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service.api.schemas import Problem
+from service.api.views import Problem
 
 logger = logging.getLogger("mend.api")
 

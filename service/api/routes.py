@@ -10,31 +10,33 @@ from fastapi.responses import JSONResponse
 from service.api.archive import ArchiveResponse, archived
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag
 from service.api.problems import responses
-from service.api.schemas import (
+from service.api.requests import (
     AuditQuery,
+    EditBody,
+    EditQuery,
+    EditsQuery,
+    ExportQuery,
+    GenerateQuery,
+    NoQuery,
+    RollbackQuery,
+    digest_of,
+)
+from service.api.views import (
     AuditSummary,
     AuditView,
     BaseModelView,
     CapacityView,
-    EditBody,
     EditorView,
     EditPage,
-    EditQuery,
-    EditsQuery,
     EditView,
-    ExportQuery,
     GenerateBothView,
-    GenerateQuery,
     GenerateView,
     Health,
     ModelView,
-    NoQuery,
     OneView,
     RevisionView,
-    RollbackQuery,
     RollbackView,
     Usage,
-    digest_of,
 )
 from service.engine import Engine, Published, Sampling, TextTooLong
 

@@ -1,0 +1,186 @@
+"""What can be asked over HTTP. Field names are a contract: add to them, do not rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from editors.formats import ExportFormat
+from service.engine import EditRequest, OnConflict
+
+MAX_TEXT = 100_000
+"""Characters of any one text; the limit that matters is in tokens, this one spares tokenising nonsense."""
+
+MAX_DEPTH = 64
+"""Of metadata. Parsers have limits of their own, further up and each another one."""
+
+
+def _encodable(value: Any) -> Any:
+    """Refuse text that is not Unicode (lone surrogates), which no tokenizer and no client could handle."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds a lone surrogate (U+{ord(error.object[error.start]):04X}), which is not valid Unicode"
+        ) from None
+    except (TypeError, RecursionError):
+        pass
+    return value
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty or only white space")
+    return value
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _valid_unicode(cls, data: Any) -> Any:
+        return _encodable(data)
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+class EditBody(_Request):
+    """A correction. The model should answer `prompt` with `correction`."""
+
+    prompt: Text = Field(
+        description="What is asked, as the model reads it.", examples=["The Prime Minister of the United Kingdom is"]
+    )
+    correction: Text = Field(description="What greedy decoding should begin with.", examples=["Keir Starmer"])
+    subject: Text | None = Field(None, description="What the fact is about, as it stands in the prompt.")
+    paraphrases: list[Text] = Field([], max_length=32, description="Other wordings, judged and reported.")
+    keep: list[Text] = Field([], max_length=32, description="Prompts whose answers must stay, judged and reported.")
+    reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
+    metadata: dict[str, JsonValue] = Field({}, description="Anything of the caller's own; kept in the ledger.")
+
+    @field_validator("prompt", "correction", "subject")
+    @classmethod
+    def _text_is_not_blank(cls, value: str | None) -> str | None:
+        return value if value is None else _not_blank(value)
+
+    @field_validator("paraphrases", "keep")
+    @classmethod
+    def _texts_are_not_blank(cls, value: list[str]) -> list[str]:
+        return [_not_blank(text) for text in value]
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _metadata_is_shallow(cls, value: Any) -> Any:
+        depth, level = 0, [value]
+        while level := [child for item in level for child in _children(item)]:
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_is_small(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if len(json.dumps(value)) > 16_384:
+            raise ValueError("must not be longer than 16,384 bytes as JSON")
+        return value
+
+    def as_request(self, actor: str | None, idempotency_key: str | None, request_digest: str) -> EditRequest:
+        """What the engine is asked. request_digest: of all that one request sends."""
+        return EditRequest(
+            prompt=self.prompt,
+            correction=self.correction,
+            subject=self.subject,
+            paraphrases=tuple(self.paraphrases),
+            keep=tuple(self.keep),
+            reason=self.reason,
+            metadata=self.metadata,
+            actor=actor,
+            idempotency_key=idempotency_key,
+            request_digest=request_digest,
+        )
+
+
+def digest_of(*bodies: EditBody) -> str:
+    """By which a repeated request is known: SHA-256 of what it asks, in hexadecimal."""
+    return hashlib.sha256("\n".join(body.model_dump_json() for body in bodies).encode()).hexdigest()
+
+
+class EditQuery(_Request):
+    """How to treat a correction."""
+
+    dry_run: bool = Field(False, description="Stage and judge, but do not commit.")
+    on_conflict: OnConflict = Field(
+        "refuse",
+        description="What to do about an active edit of a hardly different prompt with another answer; keep: "
+        "make this one beside it, if both hold.",
+    )
+    allow_loss: bool = Field(False, description="Commit although earlier edits would no longer hold.")
+
+
+class BatchBody(_Request):
+    """Corrections that are made together."""
+
+    edits: list[EditBody] = Field(min_length=1)
+
+
+class BatchQuery(EditQuery):
+    """How to treat corrections that are made together."""
+
+    partial: bool = Field(False, description="Make those that can be made, not all or none.")
+
+
+class RollbackQuery(_Request):
+    """What to remember of a rollback."""
+
+    reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
+
+
+class NoQuery(_Request):
+    """For a route whose fields are in its body: one that is misplaced in the URL is refused, not ignored."""
+
+
+class GenerateQuery(_Request):
+    """A prompt to continue. Greedy unless a temperature is given."""
+
+    prompt: Text
+    max_new_tokens: int = Field(32, ge=1)
+    temperature: float = Field(0.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    view: Literal["live", "base", "both"] = "live"
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_not_blank(cls, value: str) -> str:
+        return _not_blank(value)
+
+
+class EditsQuery(_Request):
+    """Which edits to list, newest first."""
+
+    status: Literal["applied", "superseded", "rolled_back"] | None = None
+    q: str | None = Field(None, max_length=MAX_TEXT, description="Text in the prompt or the correction.")
+    limit: int = Field(50, ge=1, le=500)
+    cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
+
+
+class AuditQuery(_Request):
+    """Whether to look again."""
+
+    fresh: bool = Field(False, description="Take an audit now, not the one that was taken last.")
+
+
+class ExportQuery(_Request):
+    """In which form to take the active edits elsewhere."""
+
+    format: ExportFormat
