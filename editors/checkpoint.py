@@ -155,7 +155,7 @@ def build_editor(folder: Path, card: dict[str, Any], raw: bytes) -> Editor:
         editor = _empty(card)
         template = editor.state_dict()
         editor.load_state_dict({name: tensor.to(template[name].dtype) for name, tensor in tensors.items()})
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointUnreadable(f"{path} does not hold the editor of its card ({error})", file=str(path)) from error
     return editor
 
@@ -230,7 +230,7 @@ def _require_same(statement: dict[str, Any], raw: bytes) -> None:
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     said = header.get("__metadata__", {}).get(STATEMENT)
     if said is not None and (said := json.loads(said)) != statement:
-        differing = [name for name in statement if statement[name] != said.get(name)]
+        differing = [name for name in sorted(statement.keys() | said.keys()) if statement.get(name) != said.get(name)]
         raise ValueError(f"the card says another {', '.join(differing)}; has it been edited by hand?")
 
 

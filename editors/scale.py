@@ -1,10 +1,10 @@
 """How strongly an edit should be applied: the smallest scale at which it takes.
 
-An editor is trained at scale 1, where it balances generality against locality. Many corrections take there; some
+Most editors are trained at scale 1, where they balance generality against locality. Many corrections take there; some
 need more, and every bit more than needed is paid in locality. So the search begins at 1 and goes up. Below 1 an edit
 often still takes on its own prompt, but no longer on other wordings: those scales are kept for when a guard's budget
-leaves no other. All scales of a grid are tried at once, as rows of one batch over the upper blocks, before any weight
-is touched.
+leaves no other. Where a scale is only that of what completes an edit, the search begins at 0. All scales of a grid are
+tried at once, as rows of one batch over the upper blocks, before any weight is touched.
 
 An edit takes at a scale when the model, reading the prompt, prefers each token of the correction over every other
 by at least `margin` nats; 0 is what greedy decoding needs, more buys generality to other wordings.
@@ -28,7 +28,7 @@ SCALES = (0.0, *(2 ** (step / 4) for step in range(-8, 17)))
 
 
 STEP = 4
-"""Places in `SCALES` by which an edit is made stronger that does not take beside others: an octave."""
+"""Places in `SCALES`, an octave, by which an edit is made stronger that does not take beside others."""
 
 
 def stronger(scale: float) -> float:
@@ -61,11 +61,11 @@ class ScaleSearch:
     def rank(self, margin: float) -> tuple[int, float]:
         """How good the best scale is; larger is better.
 
-        First that it takes with the margin, then that it takes; then how small it is, or how near it comes.
+        First that it takes with the margin, then that it takes; then how small it is by STEPs, or how near it comes.
         """
         best, *_ = [*self.order(margin), self.strongest]
         reached = self.margins[best]
-        return (2, -SCALES[best]) if reached >= margin else (int(reached > 0), reached)
+        return (2, -(best // STEP)) if reached >= margin else (int(reached > 0), reached)
 
     @property
     def strongest(self) -> int:
@@ -100,11 +100,11 @@ def search_edit(
             search_scale(upper, hidden, tokens, {names[name]: change for name, change in increment.items()})
             for increment in state.increments(form)
         ]
-        margins = tuple(min(each) for each in zip(*(search.margins for search in searches), strict=True))
-        found = ScaleSearch(margins, editor.first_scale)
+        margins = torch.tensor([search.margins for search in searches]).amin(0)  # of one that is NaN, NaN
+        found = ScaleSearch(tuple(margins.tolist()), editor.first_scale)
         if best is None or found.rank(margin) > best[1].rank(margin):
             best = form, found
-        if found.rank(margin) == (2, -editor.first_scale):
+        if found.rank(margin) == (2, -(SCALES.index(editor.first_scale) // STEP)):
             break
     return best
 

@@ -95,7 +95,8 @@ class EditWalk:
     def _search(self) -> None:
         names = zip(self.targets, self.upper_live.targets, strict=True)
         rows = {short.name: self.rows[full.name] for full, short in names}
-        search_scale(self.upper_live, self._hidden, self.tokens, *self.state.increments(rows))
+        (increment,) = self.state.increments(rows)
+        search_scale(self.upper_live, self._hidden, self.tokens, increment)
 
     def _quantise(self) -> None:
         self.factors: Factors = quantise(self.rows)

@@ -49,7 +49,7 @@ class Batch:
 
     def make(self) -> BatchOutcome:
         """Make the edits, or find out what they would do. Raises EditRefused with every verdict, and LedgerError."""
-        self._clock, self._rounds, self._fewest, self._best = Clock(), ROUNDS, len(self._items), {}
+        self._clock, self._rounds, self._fewest, self._best = Clock(), ROUNDS, len(self._items), []
         self._begin()
         while True:
             self._require_all()
@@ -67,6 +67,7 @@ class Batch:
         first: dict[tuple[int, ...], int] = {}
         for item in self._items:
             item.refusal, item.place, item.verdict, item.searched = item.invalid, None, None, False
+            item.draft = item.proposed
             if item.fits and (earlier := first.setdefault(item.tokens.prompt, item.index)) != item.index:
                 item.refusal = DuplicatePrompt(
                     f"edit {item.index} has the prompt of edit {earlier} in the same batch; send one of them",
@@ -86,7 +87,7 @@ class Batch:
         size = 0
         for part in self._parts("capture", [item for item in edits if item.draft is None], CAPTURED):
             for item, draft in zip(part, self._workshop.proposer.draft([item.tokens for item in part]), strict=True):
-                item.draft = draft
+                item.proposed = item.draft = draft
                 size += sum(2 * (u.numel() + delta.numel()) for u, delta in draft.rows.values())
             if size > MAX_BYTES:
                 raise BatchTooLarge(
@@ -160,30 +161,32 @@ class Batch:
             item.margin_nats = margin
 
     def _strengthen(self, weak: Sequence[Item]) -> None:
-        """Make edits stronger; refuse those of which it is known that this does not help."""
-        new, known = ([item for item in weak if item.fits and item.searched == each] for each in (False, True))
-        self._search(new)
-        if self._rounds and known and len(weak) <= self._fewest:
-            self._rounds -= 1
-            self._fewest, self._best = len(weak), {item.index: item.scale for item in self._items}
-            for item in known:
-                item.scale = stronger(item.scale)
-        elif self._rounds and known:
+        """Give weak edits what they need alone, then make them stronger; refuse them when that does not help."""
+        weak = [item for item in weak if item.fits]
+        if new := [item for item in weak if not item.searched]:
+            self._search(new)
+        elif self._rounds and len(weak) > self._fewest:
             # They only push others aside: back to where most held.
             self._rounds = 0
-            for item in self._items:
-                item.scale = self._best[item.index]
-        elif known and not new:
+            for item, tried in zip(self._items, self._best, strict=True):
+                item.needless, item.draft, item.scale = tried
+        elif self._rounds and any(item.scale < stronger(item.scale) for item in weak):
+            self._rounds -= 1
+            self._fewest, self._best = len(weak), [(item.needless, item.draft, item.scale) for item in self._items]
+            for item in weak:
+                item.scale = stronger(item.scale)
+        else:
             # Some are only pushed aside by others: of a partial batch the half that pushes hardest goes first.
-            known.sort(key=lambda item: (-item.scale, item.margin_nats))
-            for item in known[: (len(known) + 1) // 2 if self._terms.partial else None]:
+            self._rounds = 0
+            weak.sort(key=lambda item: (-item.scale, item.margin_nats))
+            for item in weak[: (len(weak) + 1) // 2 if self._terms.partial else None]:
                 self._refuse(item)
 
     def _search(self, new: Sequence[Item]) -> None:
         """The scales at which edits take without the others of their batch; those that never do are refused."""
         self._work_out(new)
         with self._weights.without(self._leaving({edit_id for item in new for edit_id in item.supersedes})) as view:
-            for item in new:
+            for (item,) in self._parts("search", new, 1):
                 item.draft, search = self._workshop.proposer.search(item.draft, view.upper, self._weights.state)
                 item.searched, item.margin_nats = True, search.margins[search.strongest]
                 order = search.order(self._workshop.margin_nats)

@@ -27,6 +27,7 @@ UNCHANGED = "unchanged"
 class Item:
     """One edit of a batch. needless: whether the model says the correction without it.
 
+    proposed: as it was worked out. draft: in the form in which it is tried.
     tokens: None of one that is invalid. invalid: why it cannot even be tried. refusal: why it is not made.
     searched: whether it is known at which scale it takes alone. margin_nats: when it was last tried.
     """
@@ -37,6 +38,7 @@ class Item:
     invalid: EngineError | EditorsError | None = None
     refusal: EngineError | EditorsError | None = None
     id: str = field(default_factory=new_id)
+    proposed: Draft | None = None
     draft: Draft | None = None
     before: str = ""
     needless: bool = False

@@ -17,7 +17,7 @@ from service.engine.history import Edit, History
 from service.engine.requests import EditRequest, OnConflict
 
 CONFLICT = 0.95
-"""From this overlap on, other corrections cannot both hold."""
+"""From this overlap on, other corrections seldom both hold."""
 NOTABLE = 0.5
 """From this overlap on, an edit is told to the caller."""
 MOST = 10

@@ -74,7 +74,8 @@ class InBatch(_Strict):
 class Applied(_Recorded):
     """An edit went live.
 
-    before, after: the greedy answers to `prompt`. scale: factor on the edit, 1.0 as proposed.
+    before, after: the greedy answers to `prompt`.
+    scale: of the edit, or of what completes it (see `editors.scale`).
     timings_ms: milliseconds per step. idempotency_key, request_digest: of the request, where it was sent with a key.
     factors_digest: `sha256:…` of the factor bytes stored beside this entry.
     supersedes: ids of every standing edit in whose place this one is, those included that they had superseded.

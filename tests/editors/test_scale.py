@@ -112,10 +112,9 @@ class TestOrder:
         assert search.smaller(1) == []
 
     def test_ranks_by_the_smallest_scale_that_has_the_margin_then_by_how_near_it_comes(self):
+        places = [0] * len(SCALES)
         ranked = [
-            ScaleSearch((2.5, 1.0, 3.0), first=0.0),
-            ScaleSearch((0.0, 2.1, 9.0), first=0.0),
-            ScaleSearch((0.0, 1.9, 2.0), first=0.0),
+            *(ScaleSearch((*places[:place], 2.5, *places[place + 1 :]), first=0.0) for place in (3, 4, 12, 24)),
             ScaleSearch((1.9, 1.0, 0.5), first=0.0),
             ScaleSearch((-1.0, 1.8, 0.5), first=0.0),
             ScaleSearch((-1.0, -0.8, -0.1), first=0.0),
@@ -123,6 +122,11 @@ class TestOrder:
         ]
         ranks = [search.rank(2.0) for search in ranked]
         assert ranks == sorted(set(ranks), reverse=True)
+
+    def test_ranks_scales_of_one_octave_alike(self):
+        """What is gained would not be worth another form."""
+        ranks = [ScaleSearch((*[0] * place, 2.5), first=0.0).rank(2.0) for place in range(4, 8)]
+        assert len(set(ranks)) == 1
 
     def test_strongest_has_the_largest_margin(self):
         assert ScaleSearch((-3.0, -1.0, -2.0)).strongest == 1

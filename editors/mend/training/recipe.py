@@ -30,7 +30,7 @@ from editors.mend.training.processes import ALONE, Processes
 from editors.mend.training.samples import own_samples
 from editors.mend.training.settling import settle
 from editors.mend.training.trainer import STATE, Trainer
-from editors.targets import resolve_keyed_targets, resolve_targets
+from editors.targets import last_projection, resolve_keyed_targets, resolve_targets
 from editors.training_free.calibration import calibrate
 from editors.views import UpperBlocks
 
@@ -163,7 +163,13 @@ def _new_editor(base: BaseModel, config: TrainingConfig, layers: Sequence[str] |
                 f"{base.kind}: train it with --aggregate sum",
                 option="aggregate",
             )
-        return KeyedEditor(*resolve_keyed_targets(base.model, layers), config.rank).to(base.device)
+        targets, witness = resolve_keyed_targets(base.model, layers)
+        if (late := last_projection(base.model)) in targets:
+            raise TrainingOptionsInvalid(
+                f"{late.name} completes edits at the answer and cannot be keyed as well; name lower blocks by --layers",
+                option="layers",
+            )
+        return KeyedEditor(targets, witness, config.rank).to(base.device)
     return MendEditor(resolve_targets(base.model, layers), config.variant).to(base.device)
 
 

@@ -191,6 +191,11 @@ class TestRun:
         assert (again.digest, again.card["settled"]) == (checkpoint.digest, checkpoint.card["settled"])
         assert "keyed at the subject's last token" in (tmp_path / "card.md").read_text()
 
+    def test_needs_another_weight_to_complete_edits_with(self, base, tmp_path):
+        data, layers = [data_set(capitals())], [r"\.[13]\.mlp\.(down_proj|c_proj)"]
+        with pytest.raises(TrainingOptionsInvalid, match="name lower blocks by --layers"):
+            train(base, data, data, TrainingConfig(**KEYED), tmp_path, layers=layers)
+
     @pytest.mark.parametrize("family", ["t5", "bert"])
     def test_is_for_decoders(self, family, tmp_path):
         base = family_base(family)
