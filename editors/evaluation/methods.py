@@ -101,7 +101,7 @@ class Mend:
 
     def write_together(self, examples: Sequence[Example], live: nn.Module) -> None:
         """Edits that add up, each at its own searched scale. Edits that know of each other at the first scale; those
-        that do not take as they would alone, and then stronger a few times, as long as more take than before."""
+        that do not take as they would alone, and then stronger a few times, as long as no fewer take than before."""
         if self.editor.aggregate == "sum":
             self._alone.write([made.edit for made in self.edits(examples)], live)
             return
@@ -114,7 +114,7 @@ class Mend:
             edits = [candidate.quantise(rows, scale) for rows, scale in zip(forms, scales, strict=True)]
             candidate.write(edits, live)
             said = [margin > 0 for margin in smallest_margins(candidate.upper, tokens, hidden)]
-            if sum(said) <= best[0]:
+            if sum(said) < best[0]:
                 candidate.write(best[1], live)
                 return
             if all(said):
