@@ -11,7 +11,9 @@ from editors.base_model import BaseModel
 from editors.checkpoint import Checkpoint, load_checkpoint
 from editors.errors import SubjectNotFound
 from editors.factors import Factors
-from service.engine import EditConflict, EditRefused, EditRequest, Engine
+from service.engine import BatchRefused, EditConflict, EditRefused, EditRequest, Engine
+from service.engine.batch import Batch
+from service.engine.requests import Terms
 from tests.service_fixtures import Standing, base_weights, live_weights, same_bits, save_completed_editor
 
 PROMPTS = [
@@ -113,3 +115,41 @@ def test_fullness_is_told(open_engine):
     assert engine.published.fullness == pytest.approx(0.0)
     make_edits(engine, 2)
     assert 0 < engine.published.fullness < 1
+
+
+class TestBatch:
+    @pytest.fixture
+    def batch(self, open_engine) -> Batch:
+        engine = open_engine()
+        answers = itertools.cycle((" Rome", " Vienna", " German"))
+        items = [engine._item(index, asks(prompt, next(answers))) for index, prompt in enumerate(PROMPTS)]
+        return Batch(engine._workshop, items, Terms(dry_run=True, allow_loss=True, partial=True), lambda *_: None)
+
+    def test_judged_again_after_another_writer_was_first_starts_from_the_same_edits(self, batch):
+        one, other = batch.make(), batch.make()
+        made = [edit["index"] for edit in one.edits if edit["status"] == "dry_run"]
+        assert len(made) >= 2
+        assert one.digest == other.digest
+        assert [edit["status"] for edit in one.edits] == [edit["status"] for edit in other.edits]
+
+    def test_completes_what_does_not_take_at_nothing(self, batch):
+        scales = [edit["scale"] for edit in batch.make().edits if edit["status"] == "dry_run"]
+        assert max(scales) > 0
+
+    def test_that_only_gets_worse_by_raising_goes_back(self, batch, monkeypatch):
+        """As if every stronger edit pushed one more aside."""
+        measure, weak, scales = batch._measure, itertools.count(2), []
+
+        def worse(edits) -> None:
+            measure(edits)
+            number = next(weak) if all(item.searched for item in edits) else len(edits)
+            for place, item in enumerate(edits):
+                item.margin_nats = -1.0 if place < number else 1.0
+            scales.append([item.scale for item in edits])
+
+        monkeypatch.setattr(batch, "_measure", worse)
+        with pytest.raises(BatchRefused):
+            batch.make()
+        searched = [tried for tried in scales if len(tried) == len(scales[1])]
+        assert searched[-1] == searched[1]
+        assert batch._rounds == 0
