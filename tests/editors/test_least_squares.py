@@ -458,6 +458,6 @@ class TestCost:
 @pytest.mark.parametrize("state", [SumState(TARGETS["linear"]), new_state("linear")], ids=lambda s: type(s).__name__)
 def test_every_state_can_do_what_a_state_can(state):
     promised = {name for name in vars(State) if not name.startswith("_")} | set(State.__annotations__)
-    assert {"add", "remove", "write", "digest", "increment", "overlaps", "fullness", "targets", "edits"} <= promised
+    assert {"add", "remove", "write", "digest", "increments", "overlaps", "fullness", "targets", "edits"} <= promised
     assert all(hasattr(state, name) for name in promised)
     assert list(state.targets) == [target.name for target in TARGETS["linear"]]
