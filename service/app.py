@@ -1,14 +1,15 @@
 """Wire everything together: settings -> base model, editor, ledger -> engine -> HTTP. The only place that does.
 
-One keeper thread loads the model, replays the ledger and then watches over it, so that the port answers (`/livez`,
-and 503 with a reason) from the first moment. Another one audits the edits from time to time. What fails while loading
-ends the process with one clear line.
+One keeper thread loads the model, replays the ledger and then follows it, so that the port answers (`/livez`, and 503
+with a reason) from the first moment. Another one audits the edits from time to time, and compacts the ledger. What
+fails while loading ends the process with one clear line.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 
@@ -20,17 +21,28 @@ from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
-from service.api import batch, problems
+from service.api import batch, metrics, problems
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
 from service.engine import EditorChanged, Engine, EngineError, Limits, NotReady, read_guard_prompts
-from service.ledger import EmbeddedRedis, EmbeddedRedisError, LedgerError, LedgerUnavailable, RedisLedger
+from service.ledger import (
+    EmbeddedRedis,
+    EmbeddedRedisError,
+    LedgerError,
+    LedgerNotDurable,
+    LedgerUnavailable,
+    RedisLedger,
+)
 from service.settings import DEFAULT_EDITOR, Settings
 
 logger = logging.getLogger("mend")
 
 VERSION = "0.1.0"
 WATCH_EVERY_S = 1.0
+"""Between two looks at whether Redis is well, at most; what other services append is followed at once."""
+BUSY_WAIT_S = 0.1
+HOUSEKEEPING_EVERY_S = 10.0
+"""Between two looks at whether there is anything to audit or to compact."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPECTED = (EditorsError, EngineError, LedgerError, OSError, ValueError)
 """What may keep a service from being opened and says why in one line; anything else is a mistake of ours."""
@@ -62,9 +74,12 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         checkpoint = choose_editor(settings.editor, DEFAULT_EDITOR, base, settings.data_dir / "editors")
         if checkpoint.notice:
             logger.warning("%s", checkpoint.notice)
-        model, own = _short(base.digest), _short(checkpoint.digest)
-        ledger = RedisLedger.connect(embedded.url if embedded else settings.redis_url, f"{model}:{own}")
+        model, own = f"{settings.namespace}:{_short(base.digest)}", _short(checkpoint.digest)
+        url = embedded.url if embedded else settings.redis_url
+        ledger = RedisLedger.connect(url, f"{model}:{own}", settings.durability)
         stack.enter_context(closing(ledger))
+        for weakness in ledger.inspect().weaknesses:
+            logger.warning("Redis may lose edits: %s", weakness)
         engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
         engine.catch_up()
         unasked = settings.editor is None and engine.published.revision == 0
@@ -91,7 +106,7 @@ def _look_for_others(ledger: RedisLedger, model: str, checkpoint: Checkpoint, ow
     required: nobody named this editor, and it has made none yet; the change must not pass. Raises EditorChanged.
     """
     try:
-        others = [name.partition(":")[2] for name in ledger.namespaces(f"{model}:")]
+        others = [name.rpartition(":")[2] for name in ledger.namespaces(f"{model}:")]
     except LedgerUnavailable:  # a user who may use one ledger need not be permitted to look for others
         return
     others = [_named(digest) for digest in others if digest != own]
@@ -121,9 +136,12 @@ class Service:
         self._engine: Engine | None = None
         self._embedded: EmbeddedRedis | None = None
         self._trouble: dict[str, str] = {}
+        self.mismatches = 0
+        """How often this replica took itself out because its state is not that of the ledger."""
+        self._warnings: tuple[str, ...] = ()
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
-        self._auditor = threading.Thread(target=self._audit, name="auditor", daemon=True)
+        self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
         self.failure: str | None = None
 
     def start(self) -> None:
@@ -132,11 +150,16 @@ class Service:
     def stop(self) -> None:
         self._stopping.set()
         self._keeper.join()
-        if self._auditor.ident is not None:
-            self._auditor.join()
+        if self._housekeeper.ident is not None:
+            self._housekeeper.join()
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine once it is loaded, ready or not."""
+        return self._engine
 
     def ready_engine(self) -> Engine:
-        """The engine. Raises NotReady while the model is loading, or while the ledger contradicts it."""
+        """The engine. Raises NotReady while the model is loading, and while the ledger contradicts it."""
         if self._engine is None:
             raise NotReady("the model is still being loaded; try again shortly, /readyz tells when")
         if "state" in self._trouble:
@@ -146,7 +169,13 @@ class Service:
     def checks(self) -> dict[str, str]:
         """Each part that readiness depends on: `ok`, or its trouble."""
         loaded = "ok" if self._engine else "loading"
-        return {"model": loaded, "ledger": "ok" if self._engine else "waiting for the model", **self._trouble}
+        waiting = "waiting for the model"
+        ledger = durability = "ok" if self._engine else waiting
+        return {"model": loaded, "ledger": ledger, "durability": durability, **self._trouble}
+
+    def warnings(self) -> list[str]:
+        """What may go wrong, but need not: how Redis may lose edits, where that is accepted."""
+        return list(self._warnings)
 
     def _keep(self) -> None:
         with ExitStack() as stack:
@@ -161,20 +190,45 @@ class Service:
                 "revision %d, %d active edits, state %s", published.revision, published.active_edits, published.digest
             )
             self._on_ready()
-            if self._settings.audit_every_s:
-                self._auditor.start()
-            while not self._stopping.wait(WATCH_EVERY_S):
+            self._housekeeper.start()
+            while not self._stopping.is_set():
                 self._watch(self._engine)
+                self._await_news(self._engine)
 
-    def _audit(self) -> None:
-        """Look from time to time whether the edits hold. A thread of its own, since the watch must not wait for it."""
-        while not self._stopping.wait(self._settings.audit_every_s):
+    def _await_news(self, engine: Engine) -> None:
+        """Until somebody appends to the ledger, or it is time to look after Redis again."""
+        try:
+            engine.ledger.wait(max(engine.published.revision, engine.reached), WATCH_EVERY_S)
+        except LedgerError:  # it is told by the watch
+            self._stopping.wait(WATCH_EVERY_S)
+        if self._trouble:
+            self._stopping.wait(WATCH_EVERY_S)
+
+    def _keep_house(self) -> None:
+        """Look from time to time whether the edits hold and the ledger is short. The watch must not wait for either."""
+        audited_at = time.monotonic()
+        every_s = self._settings.audit_every_s
+        while not self._stopping.wait(min(HOUSEKEEPING_EVERY_S, every_s or HOUSEKEEPING_EVERY_S)):
             try:
-                last = self._engine.last_audit
-                if last is None or last.published.revision != self._engine.published.revision:
-                    self._engine.audit(self._stopping)
-            except Exception:  # the next one may go well
+                if self._settings.compact_every and not self._trouble:
+                    self._compact(self._engine)
+                if every_s and time.monotonic() - audited_at >= every_s:
+                    audited_at = time.monotonic()
+                    last = self._engine.last_audit
+                    if last is None or last.published.revision != self._engine.published.revision:
+                        self._engine.audit(self._stopping)
+            except LedgerUnavailable as error:
+                logger.warning("the ledger was not compacted: %s", error)
+            except Exception:  # the next time may go well
                 logger.exception("the audit failed")
+
+    def _compact(self, engine: Engine) -> None:
+        done = engine.compact(self._settings.compact_every)
+        if done is not None:
+            logger.info(
+                "the ledger was compacted up to revision %d: a snapshot of %d bytes; the factors of %d edits that were "
+                "rolled back were dropped", done.sequence, done.snapshot_bytes, done.dropped_factors,
+            )  # fmt: skip
 
     def _watch(self, engine: Engine) -> None:
         """Bring the embedded Redis back if it died, follow the ledger, and say what is wrong."""
@@ -182,7 +236,11 @@ class Service:
         try:
             if self._embedded is not None:
                 self._embedded.ensure_running()
-            engine.follow()
+            self._warnings = engine.ledger.inspect().weaknesses
+            if not engine.follow():  # a change is under way, and would be first to see what is new
+                self._stopping.wait(BUSY_WAIT_S)
+        except LedgerNotDurable as error:
+            trouble["durability"] = str(error)
         except (LedgerUnavailable, EmbeddedRedisError) as error:
             trouble["ledger"] = str(error)
         except Exception as error:  # the watch goes on, whatever it was
@@ -192,6 +250,8 @@ class Service:
                 logger.error("%s: %s", part, problem)
             if not trouble:
                 logger.info("the ledger is back")
+            if "state" in trouble and "state" not in self._trouble:
+                self.mismatches += 1
         self._trouble = trouble
 
 
@@ -217,6 +277,7 @@ def create_app(
     app.add_middleware(LimitsMiddleware, batch_edits=settings.max_batch)
     app.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
     app.include_router(router)
+    app.include_router(metrics.router)
     problems.install(app, EngineError, LedgerError, EditorsError)
 
     @app.get("/", include_in_schema=False)

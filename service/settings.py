@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -36,6 +37,18 @@ class Settings(BaseSettings):
         None, description="An existing Redis, e.g. redis://host:6379/0; else an embedded one."
     )
     redis_server: Path | None = Field(None, description="Server program for the embedded Redis, not the wheel's own.")
+    durability: Literal["strict", "warn"] = Field(
+        "warn",
+        description="What to do about a Redis that may lose an acknowledged edit: strict refuses it, warn says so.",
+    )
+    namespace: str = Field(
+        "default",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Of several ledgers of one model and editor in one Redis (tenants, stages): the name of this one.",
+    )
+    compact_every: int = Field(
+        5000, ge=0, description="Entries of the ledger after which they are folded into a snapshot; 0 for never."
+    )
     guard_prompts: Path | None = Field(None, description="File of guard prompts, one a line, not the built-in ones.")
     guard_budget: float = Field(0.3, ge=0, le=1, description="Largest drawdown on the guard prompts, 0 to 1.")
     audit_every_s: float = Field(300, ge=0, description="Seconds between looks at whether all edits hold; 0 for none.")

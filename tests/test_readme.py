@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from editors.targets import MLP_BY_FAMILY
-from service.api import batch, routes
+from service.api import batch, metrics, routes
 from service.api.problems import STATUS_BY_CODE
 from service.settings import Settings
 
@@ -25,7 +25,10 @@ def test_names_the_error_code(code):
 
 
 ROUTES = [
-    f"{method} {route.path}" for part in (batch, routes) for route in part.router.routes for method in route.methods
+    f"{method} {route.path}"
+    for part in (batch, metrics, routes)
+    for route in part.router.routes
+    for method in route.methods
 ]
 
 

@@ -19,7 +19,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag
+from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag, time_it
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
 from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of
@@ -121,6 +121,7 @@ def post_batch(
     outcome = apply(lambda step, done, of: None)
     if not outcome.committed:
         response.status_code = 200
+    time_it(response, outcome.publish_ms)
     tag(response, outcome.revision)
     return BatchView.of(outcome)
 

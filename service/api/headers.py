@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import Depends, Header, Request, Response
@@ -31,6 +32,12 @@ def expected_revision(if_match: str | None, engine: Engine) -> int | None:
     if not tag.isascii() or not tag.isdigit() or len(tag) > 15:
         raise RevisionMismatch(-1, engine.published.revision)
     return int(tag)
+
+
+def time_it(response: Response, publish_ms: Mapping[str, float]) -> None:
+    """How long the steps behind the entry in the ledger took, which it cannot hold."""
+    if publish_ms:
+        response.headers["Server-Timing"] = ", ".join(f"{name};dur={ms}" for name, ms in publish_ms.items())
 
 
 def tag(response: Response, published: Published | int) -> None:

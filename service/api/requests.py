@@ -144,6 +144,16 @@ class RollbackQuery(_Request):
 
     reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
 
+    def digest_of(self, edit_id: str) -> str:
+        """By which a repeated rollback is known."""
+        return f"rollback:{hashlib.sha256(json.dumps([edit_id, self.reason]).encode()).hexdigest()}"
+
+
+class RevisionQuery(_Request):
+    """How far to look."""
+
+    verify: bool = Field(False, description="Work the weights out anew and compare them with those in memory.")
+
 
 class NoQuery(_Request):
     """For a route whose fields are in its body: one that is misplaced in the URL is refused, not ignored."""
@@ -158,6 +168,8 @@ class GenerateQuery(_Request):
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int = Field(0, ge=0, lt=2**63)
     view: Literal["live", "base", "both"] = "live"
+    min_revision: int | None = Field(None, ge=0, lt=2**53, description="Answer from this revision, or a later one.")
+    wait_ms: int = Field(2000, ge=0, le=60_000, description="How long to wait until that is live here.")
 
     @field_validator("prompt")
     @classmethod

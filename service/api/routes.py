@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.api.archive import ArchiveResponse, archived
-from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag
+from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag, time_it
 from service.api.problems import responses
 from service.api.requests import (
     AuditQuery,
@@ -18,6 +18,7 @@ from service.api.requests import (
     ExportQuery,
     GenerateQuery,
     NoQuery,
+    RevisionQuery,
     RollbackQuery,
     digest_of,
 )
@@ -71,8 +72,7 @@ def post_edit(
     outcome = engine.apply(request, expected_revision=revision, **query.model_dump())
     if not outcome.committed:
         response.status_code = 200
-    if outcome.publish_ms:
-        response.headers["Server-Timing"] = ", ".join(f"{name};dur={ms}" for name, ms in outcome.publish_ms.items())
+    time_it(response, outcome.publish_ms)
     if outcome.applied is not None and outcome.committed:
         response.headers["Location"] = f"/edits/{outcome.applied.edit_id}"
     tag(response, outcome.revision)
@@ -127,10 +127,16 @@ def delete_edit(
     query: Annotated[RollbackQuery, Query()],
     actor: Actor = None,
     if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> RollbackView:
     """Roll one edit back, exactly; what it superseded comes back. The ledger keeps both the edit and its rollback."""
     edit = engine.rollback(
-        edit_id, reason=query.reason, actor=actor, expected_revision=expected_revision(if_match, engine)
+        edit_id,
+        reason=query.reason,
+        actor=actor,
+        expected_revision=expected_revision(if_match, engine),
+        idempotency_key=idempotency_key,
+        request_digest=query.digest_of(edit_id),
     )
     by = edit.rolled_back
     tag(response, by.sequence)
@@ -138,7 +144,7 @@ def delete_edit(
         id=edit.id,
         revision=by.sequence,
         digest=by.state_digest,
-        active_edits=engine.published.active_edits,
+        active_edits=len(engine.history.active_at(by.sequence)),
         revived=list(edit.revived),
         edit=EditView.of_edit(edit),
     )
@@ -161,6 +167,8 @@ def post_generate(
 
 
 def _generate(query: GenerateQuery, engine: Engine, response: Response) -> GenerateView | GenerateBothView:
+    if query.min_revision is not None:
+        engine.require(query.min_revision, query.wait_ms / 1000)
     limit = engine.limits.new_tokens
     if query.max_new_tokens > limit:
         raise TextTooLong(f"max_new_tokens may be {limit} at most", field="max_new_tokens", limit=limit)
@@ -212,11 +220,13 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
     )
 
 
-@router.get("/revision", responses=responses(503))
-def get_revision(engine: Loaded, response: Response) -> RevisionView:
-    """Revision and digest alone: cheap to poll."""
-    tag(response, engine.published)
-    return RevisionView.of(engine.published)
+@router.get("/revision", responses=responses(400, 422, 503))
+def get_revision(query: Annotated[RevisionQuery, Query()], engine: Loaded, response: Response) -> RevisionView:
+    """What is live here, and how far behind the ledger it is. Cheap to poll, unless it is to `verify`."""
+    proof = engine.prove() if query.verify else None
+    published = proof.published if proof else engine.published
+    tag(response, published)
+    return RevisionView.of(published, engine.head(), proof and proof.weights_digest)
 
 
 @router.get("/export", status_code=200, response_class=ArchiveResponse, responses=responses(400, 409, 422, 503, 507))
@@ -239,8 +249,9 @@ async def get_livez() -> Health:
 
 @router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
 async def get_readyz(request: Request) -> JSONResponse:
-    """The model is loaded, the ledger replayed and reachable."""
+    """The model is loaded, the ledger replayed and reachable, and durable as far as it has to be."""
     checks = request.app.state.service.checks()
     ready = all(state == "ok" for state in checks.values())
-    health = Health(status="ready" if ready else "not_ready", checks=checks)
+    warnings = request.app.state.service.warnings()
+    health = Health(status="ready" if ready else "not_ready", checks=checks, warnings=warnings)
     return JSONResponse(health.model_dump(), 200 if ready else 503)

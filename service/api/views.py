@@ -377,19 +377,33 @@ class ModelView(BaseModel):
 
 
 class RevisionView(BaseModel):
+    """What is live here. head: the ledger's last revision; null while the ledger cannot be asked. lag: how many of its
+    entries are not live here yet. weights_digest: of the edited weights in memory, where it was asked to verify them.
+    """
+
     revision: int
     digest: str
+    head: int | None
+    lag: int | None
+    weights_digest: str | None = None
 
     @classmethod
-    def of(cls, published: Published) -> Self:
-        return cls(revision=published.revision, digest=published.digest)
+    def of(cls, published: Published, head: int | None, weights_digest: str | None = None) -> Self:
+        return cls(
+            revision=published.revision,
+            digest=published.digest,
+            head=head,
+            lag=None if head is None else max(0, head - published.revision),
+            weights_digest=weights_digest,
+        )
 
 
 class Health(BaseModel):
-    """status: `ready`, or what is missing. checks: each part, `ok` or its trouble."""
+    """status: `ready`, or what is missing. checks: each part, `ok` or its trouble. warnings: what does not stop it."""
 
     status: Literal["ok", "ready", "not_ready"]
     checks: dict[str, str] = {}
+    warnings: list[str] = []
 
 
 class Problem(BaseModel):

@@ -147,8 +147,7 @@ def _measure_many(laps: Laps, engine: Engine, many: Sequence[EditRequest], more:
     with laps.lap(f"batch of {len(many)}"):
         outcome = engine.apply_batch(many, partial=True)
     laps.add("batch", outcome.timings_ms)
-    for edit in engine.history.all_active():
-        laps.factors_bytes.append(len(engine.ledger.factors(edit.applied.sequence)))
+    laps.factors_bytes += map(len, engine.ledger.factors(edit.applied for edit in engine.history.all_active()))
     active = engine.published.active_edits
     typer.echo(f"{active} of {len(many)} edits were made; fullness {engine.published.fullness}", err=True)
     with laps.lap(f"audit of {active} edits"):
@@ -175,6 +174,6 @@ def _edit_and_take_back(laps: Laps, engine: Engine, request: EditRequest, *, all
     if outcome.applied is None:  # it was the answer already
         return
     laps.add("edit", {**outcome.applied.timings_ms, **outcome.publish_ms})
-    laps.factors_bytes.append(len(engine.ledger.factors(outcome.applied.sequence)))
+    laps.factors_bytes += map(len, engine.ledger.factors([outcome.applied]))
     with laps.lap("rollback"):
         engine.rollback(outcome.applied.edit_id)

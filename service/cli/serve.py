@@ -10,16 +10,22 @@ import typer
 from service.cli.options import read_settings, with_settings
 from service.settings import Settings
 
+DRAIN_S = 30
 EXAMPLE_PROMPT = "The Prime Minister of the United Kingdom is"
 EXAMPLE_CORRECTION = "Keir Starmer"
 
 
 @with_settings(*Settings.model_fields)
 def serve(**flags: Any) -> None:
-    """Serve a base model that can be corrected over HTTP."""
+    """Serve a base model that can be corrected over HTTP.
+
+    SIGTERM or Ctrl-C lets running requests end, for 30 s at most, and stops; a second one stops at once.
+    """
     import logging
+    import os
     import signal
     import socket
+    from types import FrameType
 
     import uvicorn
 
@@ -41,11 +47,23 @@ def serve(**flags: Any) -> None:
     def failed() -> None:
         server.should_exit = True
 
+    class Server(uvicorn.Server):
+        asked = False
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.asked:
+                # Whatever an edit was doing: it is in the ledger or it is not. Our Redis ends when we are gone.
+                os._exit(128 + sig)
+            self.asked = True
+            typer.echo("mend: stopping when all requests are answered; a second signal stops at once", err=True)
+            super().handle_exit(sig, frame)
+
     app = create_app(settings, on_failure=failed, on_ready=ready)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
-    server = uvicorn.Server(config)
-    # uvicorn stops in order at a SIGTERM, and then raises it once more for whoever handled it before.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_S)
+    server = Server(config)
+    # uvicorn stops in order at a signal, and then raises it once more for whoever handled it before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     typer.echo(f"mend: listening on {url}; loading {settings.base_model} …", err=True)
     server.run(sockets=[listening])
     if app.state.service.failure:

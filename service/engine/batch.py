@@ -15,7 +15,7 @@ from editors.errors import StateError
 from editors.factors import Factors, digest
 from editors.margins import smallest_margins, sure_nats
 from editors.scale import SCALES, stronger
-from service.engine.batch_items import UNCHANGED, BatchOutcome, Item, checks_of_all
+from service.engine.batch_items import BatchOutcome, Item, checks_of_all, made_batch
 from service.engine.capacity import require_room
 from service.engine.clock import Clock
 from service.engine.conflicts import NOTABLE, Near, find_near, find_place
@@ -55,7 +55,7 @@ class Batch:
             self._require_all()
             edits = [item for item in self._items if item.changes]
             if not edits:
-                return self._outcome(None, {})
+                return self._outcome({})
             self._work_out(edits)
             tried = self._try(edits)
             if isinstance(tried, BatchOutcome):
@@ -233,9 +233,7 @@ class Batch:
     def _made(self, edits: Sequence[Item], raw: Sequence[bytes], harm: Harm) -> BatchOutcome:
         before = self._weights.published.revision
         batch_id = new_id("batch")
-        left_out = {
-            item.index: UNCHANGED if item.fits else item.refusal.code for item in self._items if not item.changes
-        }
+        left_out = {item.index: item.shown() for item in self._items if not item.changes}
         entries = []
         for position, (item, own) in enumerate(zip(edits, raw, strict=True), 1):
             last = position == len(edits)
@@ -256,24 +254,22 @@ class Batch:
                     batch=InBatch(id=batch_id, position=position, size=len(edits), left_out=left_out if last else {}),
                 )
             )
-        laps = {} if self._terms.dry_run else self._workshop.journal.commit(*zip(entries, raw, strict=True))
-        made = {item.index: entry for item, entry in zip(edits, entries, strict=True)}
-        return self._outcome(None if self._terms.dry_run else batch_id, made, laps)
+        if not self._terms.dry_run:
+            publish_ms = self._workshop.journal.commit(*zip(entries, raw, strict=True))
+            return replace(made_batch(entries), publish_ms=publish_ms)
+        return self._outcome({item.index: entry for item, entry in zip(edits, entries, strict=True)})
 
-    def _outcome(
-        self, batch_id: str | None, made: dict[int, Applied], laps: dict[str, float] | None = None
-    ) -> BatchOutcome:
-        committed = batch_id is not None
+    def _outcome(self, foretold: dict[int, Applied]) -> BatchOutcome:
+        """Of a batch that changes nothing. foretold: the entries that it would have, by index."""
         now = self._weights.published
-        last = made[max(made)] if made else None
+        last = foretold[max(foretold)] if foretold else None
         return BatchOutcome(
-            batch_id,
+            None,
             now.revision,
             last.state_digest if last else now.digest,
-            committed,
-            [item.shown(made.get(item.index), made=committed) for item in self._items],
+            [item.shown(foretold.get(item.index)) for item in self._items],
             checks_of_all(last) if last else {},
-            {**self._clock.laps, **(laps or {})},
+            self._clock.laps,
         )
 
     def _fitting(self) -> list[Item]:

@@ -61,10 +61,10 @@ class Item:
     def staged(self) -> tuple[EditRequest, Tokens]:
         return self.request, self.tokens
 
-    def shown(self, applied: Applied | None = None, *, made: bool = False) -> dict[str, JsonValue]:
-        """What became of it. applied: its entry, if it has one; it is in the ledger if it was made."""
-        if applied is not None:
-            return applied_shown(self.index, applied, made=made)
+    def shown(self, foretold: Applied | None = None) -> dict[str, JsonValue]:
+        """What became of it, if it was not made. foretold: the entry that it would have."""
+        if foretold is not None:
+            return applied_shown(self.index, foretold, made=False)
         facts = dict(self.refusal.facts, code=self.refusal.code, detail=str(self.refusal)) if self.refusal else {}
         status = "refused" if self.refusal else UNCHANGED if self.needless else "withheld"
         after = {"after": {"text": self.verdict.after}} if self.verdict else {}
@@ -76,41 +76,37 @@ class BatchOutcome:
     """id: of the batch; None of one that made no edit. edits: what became of each, in order.
 
     checks: drawdown, its budget and the earlier edits that were lost, of all edits together.
+    publish_ms: the steps that come after the entries were written, in milliseconds.
     """
 
     id: str | None
     revision: int
     digest: str
-    committed: bool
     edits: Sequence[Mapping[str, JsonValue]]
     checks: Mapping[str, JsonValue] = field(default_factory=dict)
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    publish_ms: Mapping[str, float] = field(default_factory=dict)
     replayed: bool = False
 
+    @property
+    def committed(self) -> bool:
+        return self.id is not None
 
-def repeated_batch(requests: Sequence[EditRequest], entries: Sequence[Applied]) -> BatchOutcome:
-    """The outcome of a batch as its entries in the ledger tell it: refusals without their measurements."""
+
+def made_batch(entries: Sequence[Applied]) -> BatchOutcome:
+    """The outcome of a batch as its entries in the ledger tell it: the same whenever it is told."""
     *_, last = entries
-    applied = iter(entries)
-
-    def shown(index: int, request: EditRequest) -> dict[str, JsonValue]:
-        code = last.batch.left_out.get(index)
-        if code is None:
-            return applied_shown(index, next(applied), made=True)
-        if code == UNCHANGED:
-            return _asked(index, request, UNCHANGED)
-        return {"code": code, **_asked(index, request, "refused")}
-
-    edits = [shown(index, request) for index, request in enumerate(requests)]
+    made, left_out = iter(entries), last.batch.left_out
     return BatchOutcome(
         last.batch.id,
         last.sequence,
         last.state_digest,
-        True,
-        edits,
+        [
+            left_out[index] if index in left_out else applied_shown(index, next(made), made=True)
+            for index in range(len(entries) + len(left_out))
+        ],
         checks_of_all(last),
         last.timings_ms,
-        replayed=True,
     )
 
 

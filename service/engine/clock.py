@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+from service.failpoints import reach
+
 
 class Clock:
-    """Milliseconds per step, added up by name."""
+    """Milliseconds per step, added up by name. The end of each step is a failpoint."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -16,3 +18,4 @@ class Clock:
         now = time.perf_counter()
         self.laps[name] = round(self.laps.get(name, 0.0) + 1000 * (now - self._start), 3)
         self._start = now
+        reach(name)

@@ -1,7 +1,7 @@
 """The single writer: every change of the live weights goes through here, one at a time.
 
-What is published is what the ledger holds: an entry is durable before a live weight moves, and a refused edit never
-touches them. Reading (generate, status) never waits for any step but the copying at the end.
+What is published is what the ledger holds: an entry is durable before it is live, and a refused edit never is. Reading
+(generate, status) waits for no step of an edit.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,8 +22,15 @@ from editors.formats import ExportFormat
 from service.engine.answers import Answers
 from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell
-from service.engine.batch_items import BatchOutcome, Item, repeated_batch
-from service.engine.errors import BatchTooLarge, IdempotencyKeyReused, RevisionMismatch, TextTooLong
+from service.engine.batch_items import BatchOutcome, Item, made_batch
+from service.engine.errors import (
+    BatchTooLarge,
+    IdempotencyKeyReused,
+    LedgerDiverged,
+    RevisionMismatch,
+    RevisionNotReached,
+    TextTooLong,
+)
 from service.engine.export import Snapshot, write_export
 from service.engine.guard import Guard
 from service.engine.held import HeldEdits
@@ -33,13 +41,13 @@ from service.engine.proposal import Proposer
 from service.engine.requests import EditRequest, Limits, OnConflict, Outcome, Published, Terms
 from service.engine.single import make_edit, repeated_edit
 from service.engine.texts import Texts
-from service.engine.weights import Weights
+from service.engine.weights import Proof, Weights
 from service.engine.workshop import Workshop
-from service.ledger import LedgerConflict, RedisLedger, RolledBack
+from service.ledger import Compacted, LedgerConflict, LedgerError, RedisLedger, RolledBack
 
 Which = Literal["live", "base"]
 Changed = TypeVar("Changed")
-MAX_RACES = 3
+MAX_RACES = 10
 """How often an edit is judged again because another writer was first."""
 
 
@@ -84,22 +92,33 @@ class Engine:
     def published(self) -> Published:
         return self.weights.published
 
+    @property
+    def reached(self) -> int:
+        """The last entry that was read of the ledger or written to it; what is published is not beyond it."""
+        return self._journal.reached
+
     def generate(
         self, prompt: str, max_new_tokens: int, which: Which = "live", sampling: Sampling | None = None
     ) -> tuple[Generation, Published]:
         """Continue a prompt on one view; the answer comes from exactly the state that is returned with it."""
         self._texts.check("prompt", prompt, max_new_tokens)
-        with self.weights.reading() as published:
-            model = self.weights.live.model if which == "live" else self.base.model
+        with self.weights.reading() as (live, published):
+            model = live.model if which == "live" else self.base.model
             return generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling), published
+
+    def head(self) -> int | None:
+        """The last revision of the ledger; None while it cannot be asked."""
+        with suppress(LedgerError):
+            return self.ledger.head()
+        return None
 
     def export(self, format: ExportFormat, folder: Path) -> dict[str, Any]:
         """Write what is live now into an empty folder; returns its index, which names the revision and the state.
 
         Raises NothingToExport, ExportUnwritable, LedgerUnavailable.
         """
-        with self.weights.reading() as published:
-            weights = self.weights.live_weights() if format == ExportFormat.MERGED else {}
+        with self.weights.reading() as (live, published):
+            weights = self.weights.edited(live) if format == ExportFormat.MERGED else {}
         snapshot = Snapshot(published, self.history.active_at(published.revision), weights)
         return write_export(snapshot, self.base, self.checkpoint, self.ledger, format, folder)
 
@@ -134,9 +153,9 @@ class Engine:
         terms = Terms(dry_run, on_conflict, allow_loss)
 
         def attempt() -> Outcome:
-            edit = self._repeated(request)
-            if edit:
-                return repeated_edit(edit.applied)
+            made = self._repeated(request.idempotency_key, request.request_digest)
+            if made:
+                return repeated_edit(made)
             self._expect(expected_revision)
             return make_edit(self._workshop, request, tokens, terms)
 
@@ -167,9 +186,10 @@ class Engine:
         batch = Batch(self._workshop, items, Terms(dry_run, on_conflict, allow_loss, partial), tell)
 
         def attempt() -> BatchOutcome:
-            edit = self._repeated(requests[0])
-            if edit:
-                return repeated_batch(requests, [each.applied for each in self.history.batch(edit.applied.batch.id)])
+            made = self._repeated(requests[0].idempotency_key, requests[0].request_digest)
+            if made:
+                entries = [each.applied for each in self.history.batch(made.batch.id)]
+                return replace(made_batch(entries), replayed=True)
             self._expect(expected_revision)
             return batch.make()
 
@@ -182,15 +202,25 @@ class Engine:
             return Item(index, request, invalid=error)
 
     def rollback(
-        self, edit_id: str, *, reason: str | None = None, actor: str | None = None, expected_revision: int | None = None
+        self,
+        edit_id: str,
+        *,
+        reason: str | None = None,
+        actor: str | None = None,
+        expected_revision: int | None = None,
+        idempotency_key: str | None = None,
+        request_digest: str | None = None,
     ) -> Edit:
         """Take one edit back, bit for bit, and bring back what it superseded.
 
         One that is superseded itself leaves the state as it is.
-        Raises EditNotFound, AlreadyRolledBack, RevisionMismatch, LedgerUnavailable.
+        Raises EditNotFound, AlreadyRolledBack, RevisionMismatch, IdempotencyKeyReused, LedgerUnavailable.
         """
 
         def attempt() -> Edit:
+            made = self._repeated(idempotency_key, request_digest)
+            if made:
+                return self.history.find(made.edit_id)
             change = self.history.rolling_back(edit_id)
             self._expect(expected_revision)
             leaving, returning = self._journal.factors(change.leaving), self._journal.factors(change.returning)
@@ -202,6 +232,8 @@ class Engine:
                     actor=actor,
                     reason=reason,
                     state_digest=self.weights.state.digest(),
+                    idempotency_key=idempotency_key,
+                    request_digest=request_digest,
                 )
                 self._journal.commit((entry, b""))
             return self.history.find(edit_id)
@@ -218,6 +250,33 @@ class Engine:
             self.catch_up()
             return attempt()
 
+    def require(self, revision: int, within_s: float) -> None:
+        """Come back when a revision, or a later one, is live. Raises RevisionNotReached after so many seconds."""
+        if not self.weights.wait(revision, within_s):
+            raise RevisionNotReached(revision, self.published.revision)
+
+    def prove(self) -> Proof:
+        """That the live weights are what the ledger's entries make, worked out anew. Waits for the edit under way.
+
+        Raises LedgerUnavailable; LedgerDiverged when they are not.
+        """
+        with self._writing:
+            self.catch_up()
+            proof = self.weights.proof()
+        if not proof.holds:
+            raise LedgerDiverged(
+                f"the weights in memory are not those of revision {proof.published.revision}; restart this service",
+                revision=proof.published.revision,
+            )
+        return proof
+
+    def compact(self, every: int) -> Compacted | None:
+        """Fold the ledger's entries into a snapshot, if so many came since the last one. Nothing waits for it.
+
+        Raises LedgerUnavailable, LedgerCorrupt.
+        """
+        return self.ledger.compact() if self.ledger.stored_since_snapshot() > every else None
+
     def catch_up(self) -> None:
         """Apply what the ledger holds beyond this process's revision: at start all of it, later what others wrote.
 
@@ -226,13 +285,15 @@ class Engine:
         with self._writing:
             self._journal.catch_up()
 
-    def follow(self) -> None:
-        """Catch up unless a change is under way, which would do so itself. Raises as `catch_up` does."""
-        if self._writing.acquire(blocking=False):
-            try:
-                self.catch_up()
-            finally:
-                self._writing.release()
+    def follow(self) -> bool:
+        """Catch up unless a change is under way, which does so itself. Whether it did. Raises as `catch_up` does."""
+        if not self._writing.acquire(blocking=False):
+            return False
+        try:
+            self.catch_up()
+        finally:
+            self._writing.release()
+        return True
 
     # Checking
 
@@ -247,11 +308,11 @@ class Engine:
         if revision is not None and revision != self.published.revision:
             raise RevisionMismatch(revision, self.published.revision)
 
-    def _repeated(self, request: EditRequest) -> Edit | None:
-        """What an earlier request with the same key made. Raises IdempotencyKeyReused if it was another request."""
-        if request.idempotency_key is None:
-            return None
-        edit = self.history.by_idempotency_key(request.idempotency_key)
-        if edit is not None and edit.applied.request_digest != request.request_digest:
-            raise IdempotencyKeyReused("this Idempotency-Key was used for another request; take a new key", id=edit.id)
-        return edit
+    def _repeated(self, key: str | None, request_digest: str | None) -> Any:
+        """The entry of an earlier request with the same key. Raises IdempotencyKeyReused if it was another request."""
+        made = None if key is None else self.history.by_idempotency_key(key)
+        if made is not None and made.request_digest != request_digest:
+            raise IdempotencyKeyReused(
+                "this Idempotency-Key was used for another request; take a new key", id=made.edit_id
+            )
+        return made

@@ -14,6 +14,7 @@
     ├── EditNotFound
     ├── AlreadyRolledBack
     ├── RevisionMismatch         the caller's expected revision is not the current one
+    ├── RevisionNotReached       the caller wants a revision that is not live here, or not yet
     ├── IdempotencyKeyReused     the same key with another request
     ├── TextTooLong
     ├── LedgerDiverged           the ledger is not the one that this process has applied
@@ -93,6 +94,17 @@ class RevisionMismatch(EngineError):
         super().__init__(
             f"expected revision {expected}, but the service is at revision {actual}; read again and retry",
             expected=expected,
+            revision=actual,
+        )
+
+
+class RevisionNotReached(EngineError):
+    code = "revision_not_reached"
+
+    def __init__(self, wanted: int, actual: int) -> None:
+        super().__init__(
+            f"revision {wanted} is not live here yet, this is {actual}; try again, or wait longer with wait_ms",
+            wanted=wanted,
             revision=actual,
         )
 

@@ -44,7 +44,11 @@ def write_export(
 
     Raises NothingToExport, ExportUnwritable, LedgerUnavailable, LedgerCorrupt.
     """
-    stored = ((edit.applied.sequence, ledger.factors(edit.applied.sequence)) for edit in snapshot.edits)
+    stored = zip(
+        (edit.applied.sequence for edit in snapshot.edits),
+        ledger.factors(edit.applied for edit in snapshot.edits),
+        strict=True,
+    )
     edits = [_described(edit) for edit in snapshot.edits]
     facts: dict[str, Any] = {}
     match format:

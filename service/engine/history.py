@@ -65,9 +65,11 @@ class History:
     def __init__(self, same_prompt: Callable[[str], Hashable] = str) -> None:
         self._same_prompt = same_prompt
         self._edits: dict[str, Edit] = {}
-        self._by_key: dict[str, str] = {}
+        self._by_key: dict[str, Entry] = {}
         self._by_prompt: dict[Hashable, list[str]] = {}
         self._by_factors: dict[str, list[str]] = {}
+        self._superseders: dict[str, list[str]] = {}
+        """Of an edit: all that ever took its place, in the order of application."""
 
     def record(self, entry: Entry) -> None:
         """Take in the next entry of the ledger. Raises EditNotFound, AlreadyRolledBack."""
@@ -76,9 +78,8 @@ class History:
             self._edits[entry.edit_id] = Edit(entry)
             self._by_prompt.setdefault(self._same_prompt(entry.prompt), []).append(entry.edit_id)
             self._by_factors.setdefault(entry.factors_digest, []).append(entry.edit_id)
-            if entry.idempotency_key is not None:
-                self._by_key[entry.idempotency_key] = entry.edit_id
             for older in entry.supersedes:
+                self._superseders.setdefault(older, []).append(entry.edit_id)
                 self._edits[older] = replace(self._edits[older], superseded_by=entry.edit_id)
         else:
             edit = self._edits[entry.edit_id]
@@ -86,6 +87,21 @@ class History:
             self._edits[edit.id] = replace(edit, rolled_back=entry, superseded_by=None, revived=revived)
             for older in filter(lambda each: each.standing, map(self.find, edit.applied.supersedes)):
                 self._edits[older.id] = replace(older, superseded_by=self._superseder(older.id))
+        if entry.idempotency_key is not None:
+            self._by_key[entry.idempotency_key] = entry
+
+    def fork(self) -> History:
+        """Another history of the same edits, into which more can be recorded without anybody seeing it."""
+        other = History(self._same_prompt)
+        other._edits, other._by_key = dict(self._edits), dict(self._by_key)
+        for name in ("_by_prompt", "_by_factors", "_superseders"):
+            setattr(other, name, {key: list(ids) for key, ids in getattr(self, name).items()})
+        return other
+
+    def adopt(self, other: History) -> None:
+        """Become what a fork of this has become."""
+        self._edits, self._by_key = other._edits, other._by_key
+        self._by_prompt, self._by_factors, self._superseders = other._by_prompt, other._by_factors, other._superseders
 
     def change(self, entry: Entry) -> Change:
         """What an entry that is not recorded yet will do. Raises EditNotFound, AlreadyRolledBack."""
@@ -110,14 +126,8 @@ class History:
 
     def _superseder(self, edit_id: str, but: str | None = None) -> str | None:
         """The newest standing edit that supersedes this one; it is active, since what replaces it replaces both."""
-        return next(
-            (
-                edit.id
-                for edit in self.newest_first()
-                if edit_id in edit.applied.supersedes and edit.standing and edit.id != but
-            ),
-            None,
-        )
+        superseders = (self._edits[newer] for newer in reversed(self._superseders.get(edit_id, [])))
+        return next((edit.id for edit in superseders if edit.standing and edit.id != but), None)
 
     def find(self, edit_id: str) -> Edit:
         """Raises EditNotFound."""
@@ -156,9 +166,9 @@ class History:
         standing = [edit for edit in map(self.find, ids) if edit.standing]
         return tuple(edit.id for edit in sorted(standing, key=lambda edit: edit.applied.sequence))
 
-    def by_idempotency_key(self, key: str) -> Edit | None:
-        edit_id = self._by_key.get(key)
-        return None if edit_id is None else self._edits[edit_id]
+    def by_idempotency_key(self, key: str) -> Entry | None:
+        """What was last made by a request with this key; of a batch its last edit."""
+        return self._by_key.get(key)
 
     def batch(self, batch_id: str) -> list[Edit]:
         """The edits of one batch, in order."""

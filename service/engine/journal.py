@@ -1,11 +1,11 @@
 """The ledger, and what this process has made of it: commit what is staged, and follow what others wrote.
 
-Flow: staged weights -> ledger -> history -> live weights; or ledger -> state and history -> live weights.
+Flow: staged weights -> ledger -> history -> live weights; or ledger -> history -> state -> live weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from editors.errors import EditorsError
 from editors.factors import Factors
@@ -13,7 +13,8 @@ from service.engine.clock import Clock
 from service.engine.errors import AlreadyRolledBack, EditNotFound, LedgerDiverged
 from service.engine.history import Edit, History
 from service.engine.weights import Weights
-from service.ledger import Applied, Entry, RedisLedger
+from service.failpoints import reach
+from service.ledger import Entry, FactorsMissing, RedisLedger
 
 
 class Journal:
@@ -24,9 +25,19 @@ class Journal:
         self._last: Entry | None = None
         """The last entry that the state and the history hold; what is published may be behind it, never ahead."""
 
+    @property
+    def reached(self) -> int:
+        """The sequence of that entry."""
+        return self._last.sequence if self._last else 0
+
     def factors(self, edits: Iterable[Edit]) -> list[Factors]:
-        """What edits add to the state, as the ledger holds it. Raises LedgerUnavailable, LedgerCorrupt."""
-        return [Factors.from_bytes(self._ledger.factors(edit.applied.sequence)) for edit in edits]
+        """What edits add to the state, as the ledger holds it.
+
+        Raises LedgerUnavailable, LedgerCorrupt, LedgerDiverged.
+        """
+        edits = list(edits)
+        stored = self._ledger.factors(edit.applied for edit in edits)
+        return [_decoded(edit, raw) for edit, raw in zip(edits, stored, strict=True)]
 
     def commit(self, *stored: tuple[Entry, bytes]) -> dict[str, float]:
         """Make what is staged durable, with its factors, and then live. Returns the milliseconds of both steps.
@@ -44,6 +55,7 @@ class Journal:
         for entry, _ in stored:
             self._record(entry)
         self._weights.settle()
+        reach("settle")
         self._weights.publish(published)
         clock.lap("publish")
         return clock.laps
@@ -58,12 +70,9 @@ class Journal:
                 head=head,
                 revision=published,
             )
-        reached = self._last.sequence if self._last else 0
-        if head == published == reached:
+        if head == published == self.reached:
             return
-        # The state keeps what was read even if reading breaks off: the next call goes on behind it.
-        for entry, raw in self._ledger.read(after=reached):
-            self._replay(entry, raw)
+        self._replay(list(self._ledger.read(after=self.reached)))
         last = self._last
         if last.state_digest is None:
             raise LedgerDiverged(
@@ -77,24 +86,69 @@ class Journal:
                 f"but its entry says {last.state_digest}; do not trust this ledger with this model and editor",
                 expected=last.state_digest,
                 actual=actual,
+                revision=published,
             )
+        # What another service appended may be readable before it is durable, and nothing goes live before it is.
+        self._ledger.confirm()
+        reach("replay")
         self._weights.write_candidate()
         self._weights.publish(self._weights.as_published(last.sequence, last.state_digest))
 
-    def _replay(self, entry: Entry, raw: bytes) -> None:
-        """Take one entry of the ledger into the state. Raises LedgerDiverged when it does not follow on it."""
+    def _replay(self, entries: Sequence[Entry]) -> None:
+        """Take entries into the history and what they come to into the state: both, or neither of them.
+
+        Only what is active at the end is added, so that a replay takes as long as there are active edits, however many
+        came and went. Raises LedgerDiverged when an entry does not follow on those before.
+        """
+        ahead = self._history.fork()
+        for entry in entries:
+            try:
+                ahead.record(entry)
+            except (EditNotFound, AlreadyRolledBack) as error:
+                raise _diverged(entry.sequence, error) from error
+        before = {edit.id: edit for edit in self._history.all_active()}
+        after = {edit.id: edit for edit in ahead.all_active()}
+        coming = [edit for edit_id, edit in after.items() if edit_id not in before]
         try:
-            change = self._history.change(entry)
-            applied = [Factors.from_bytes(raw)] if isinstance(entry, Applied) else []
-            self._weights.move(add=[*applied, *self.factors(change.returning)], remove=self.factors(change.leaving))
-            self._record(entry)
-        except (EditorsError, EditNotFound, AlreadyRolledBack) as error:
-            raise LedgerDiverged(
-                f"entry {entry.sequence} of the ledger cannot be applied: {error}; "
-                "do not trust this ledger with this model and editor",
-                sequence=entry.sequence,
-            ) from error
+            leaving = self.factors(edit for edit_id, edit in before.items() if edit_id not in after)
+        except FactorsMissing:
+            # They were dropped while this service was behind: begin anew, without them.
+            leaving, coming = None, list(after.values())
+        self._add(coming, self.factors(coming), leaving)
+        self._history.adopt(ahead)
+        self._last = entries[-1] if entries else self._last
+
+    def _add(self, edits: Sequence[Edit], factors: Sequence[Factors], leaving: Sequence[Factors] | None) -> None:
+        """Move the state; leaving: None to begin anew. Raises LedgerDiverged, naming what does not fit."""
+        if leaving is None:
+            self._weights.clear()
+            leaving = ()
+        try:
+            self._weights.move(add=factors, remove=leaving)
+        except EditorsError as error:
+            for edit, own in zip(edits, factors, strict=True):
+                try:
+                    self._weights.move(add=[own])
+                    self._weights.move(remove=[own])
+                except EditorsError as own_error:
+                    raise _diverged(edit.applied.sequence, own_error) from own_error
+            raise _diverged(edits[-1].applied.sequence if edits else 0, error) from error
 
     def _record(self, entry: Entry) -> None:
         self._history.record(entry)
         self._last = entry
+
+
+def _decoded(edit: Edit, raw: bytes) -> Factors:
+    try:
+        return Factors.from_bytes(raw)
+    except EditorsError as error:
+        raise _diverged(edit.applied.sequence, error) from error
+
+
+def _diverged(sequence: int, error: Exception) -> LedgerDiverged:
+    return LedgerDiverged(
+        f"entry {sequence} of the ledger cannot be applied: {error}; "
+        "do not trust this ledger with this model and editor",
+        sequence=sequence,
+    )

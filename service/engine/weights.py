@@ -1,12 +1,16 @@
 """The exact state, and the three views of one model that show it: pristine, live and candidate.
 
-Every change is staged first, in the state and in the candidate. Only publishing touches what is live, in the one
-moment in which generation waits.
+Every change is staged first, in the state and in the candidate. To publish is to exchange two references: the
+candidate becomes the live view, whole and at once. Nobody waits: generations that run finish on the view that they
+began with, and it is staged into again when the last of them has left it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +25,12 @@ from editors.factors import Factors
 from editors.state import State
 from editors.views import UpperBlocks, view
 from service.engine.capacity import Capacity
-from service.engine.gate import Gate
 from service.engine.requests import Published
 
 logger = logging.getLogger("mend")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
     """One view of the model. upper: its upper blocks, which one thread alone may use."""
 
@@ -35,16 +38,31 @@ class View:
     upper: UpperBlocks
 
 
+@dataclass(frozen=True)
+class Proof:
+    """That the weights in memory are those that they should be.
+
+    weights_digest: of the live edited weights. holds: they are what the state makes of the base.
+    """
+
+    published: Published
+    weights_digest: str
+    holds: bool
+
+
 class Weights:
-    """Used by the one writer alone, but for `reading` and what is read under it, `another_view` and `copy_live`."""
+    """Used by the one writer alone, but for `reading` and `edited` under it, `another_view`, `copy_live` and `wait`."""
 
     def __init__(self, base: BaseModel, checkpoint: Checkpoint) -> None:
-        self._base, self._targets = base, checkpoint.editor.targets
+        self._base, self._targets, self._editor = base, checkpoint.editor.targets, checkpoint.editor
         self._own = [target.name for target in self._targets]
-        self.state: State = checkpoint.editor.new_state(base.device)
+        self.state: State = self._editor.new_state(base.device)
         self.pristine = View(base.model, UpperBlocks(base.model, checkpoint.editor.captured))
         self.live, self.candidate = self.another_view(), self.another_view()
-        self._gate = Gate()
+        self._retired: list[View] = []
+        """Views that were live and may still be read, the oldest first."""
+        self._readers: Counter[View] = Counter()
+        self._exchanged = threading.Condition()
         self._settled = False
         self.published = self.as_published(0, self.state.digest())
 
@@ -54,21 +72,37 @@ class Weights:
         return View(model, UpperBlocks(model, self._targets))
 
     @contextmanager
-    def reading(self) -> Iterator[Published]:
-        """The live weights stay those of what is given, inside."""
-        with self._gate.reading():
-            yield self.published
+    def reading(self) -> Iterator[tuple[View, Published]]:
+        """The live view and its state; its weights stay as they are, inside."""
+        with self._exchanged:
+            view, published = self.live, self.published
+            self._readers[view] += 1
+        try:
+            yield view, published
+        finally:
+            with self._exchanged:
+                self._readers[view] -= 1
 
-    def live_weights(self) -> dict[str, Tensor]:
-        """Copies of the edited weights on the CPU, by name. To be called under `reading`."""
-        return {name: self.live.model.get_parameter(name).detach().to("cpu", copy=True) for name in self._own}
+    def wait(self, revision: int, within_s: float) -> bool:
+        """Whether a revision, or a later one, is live or becomes so within some seconds."""
+        with self._exchanged:
+            return self._exchanged.wait_for(lambda: self.published.revision >= revision, within_s)
+
+    def edited(self, view: View) -> dict[str, Tensor]:
+        """Copies of the edited weights of a view that is read, on the CPU, by name."""
+        return {name: view.model.get_parameter(name).detach().to("cpu", copy=True) for name in self._own}
 
     def copy_live(self, view: View) -> Published:
         """Make another view show what is live. Returns which state that is."""
-        with self._gate.reading(), torch.no_grad():
-            for name in self._own:
-                view.model.get_parameter(name).copy_(self.live.model.get_parameter(name))
-            return self.published
+        with self.reading() as (live, published):
+            self._copy(live, view)
+            return published
+
+    def proof(self) -> Proof:
+        """Work out anew what is live, in the candidate, and compare. For the one writer alone."""
+        self.write_candidate()
+        own, expected = weights_digest(self.edited(self.live)), weights_digest(self.edited(self.candidate))
+        return Proof(self.published, own, own == expected and self.state.digest() == self.published.digest)
 
     @contextmanager
     def staged(self, *, add: Sequence[Factors] = (), remove: Sequence[Factors] = ()) -> Iterator[None]:
@@ -103,6 +137,10 @@ class Weights:
             self.state.add(*remove)
             raise
 
+    def clear(self) -> None:
+        """Forget all that is staged and active, for a replay from the beginning."""
+        self.state = self._editor.new_state(self._base.device)
+
     def write_candidate(self) -> None:
         self.state.write(self._base.model, self.candidate.model)
 
@@ -115,11 +153,35 @@ class Weights:
         self._settled = True
 
     def publish(self, published: Published) -> None:
-        """Copy the candidate over the live weights: the only exclusive section."""
-        with self._gate.publishing(), torch.no_grad():
-            for name in self._own:
-                self.live.model.get_parameter(name).copy_(self.candidate.model.get_parameter(name))
-            before, self.published = self.published, published
+        """Make the candidate live."""
+        with self._exchanged:
+            before = self.published
+            self._retired.append(self.live)
+            self.live, self.published = self.candidate, published
+            self._exchanged.notify_all()
+        self.candidate = self._unread()
         warning = Capacity(published.fullness).warning
         if warning and not Capacity(before.fullness).warning:
             logger.warning("revision %d: %s", published.revision, warning)
+
+    def _unread(self) -> View:
+        """A view to stage into: one that was live and is read no more, or a new one while all still are."""
+        with self._exchanged:
+            unread = next((view for view in self._retired if not self._readers[view]), None)
+            if unread is not None:
+                self._retired.remove(unread)
+        return unread or self.another_view()
+
+    @torch.no_grad()
+    def _copy(self, source: View, destination: View) -> None:
+        for name in self._own:
+            destination.model.get_parameter(name).copy_(source.model.get_parameter(name))
+
+
+def weights_digest(weights: dict[str, Tensor]) -> str:
+    """`sha256:…` of weights on the CPU, by name: of their bits, so that it depends on their dtype."""
+    sha = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        sha.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        sha.update(weight.contiguous().view(torch.uint8).numpy())
+    return f"sha256:{sha.hexdigest()}"

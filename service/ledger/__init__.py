@@ -3,29 +3,40 @@
 Flow: EmbeddedRedis.url or a URL of the operator -> RedisLedger -> append, head, read.
 """
 
+from service.ledger.durability import Demand, Durability
 from service.ledger.embedded import EmbeddedRedis
 from service.ledger.errors import (
     EmbeddedRedisError,
     EntryInvalid,
+    FactorsMissing,
     LedgerConflict,
     LedgerCorrupt,
     LedgerError,
+    LedgerNotDurable,
     LedgerUnavailable,
+    OutcomeUnknown,
 )
 from service.ledger.records import Applied, Entry, InBatch, RolledBack, digest_of
 from service.ledger.redis_ledger import RedisLedger
+from service.ledger.snapshot import Compacted
 
 __all__ = [
     "Applied",
+    "Compacted",
+    "Demand",
+    "Durability",
     "EmbeddedRedis",
     "EmbeddedRedisError",
     "Entry",
     "EntryInvalid",
+    "FactorsMissing",
     "InBatch",
     "LedgerConflict",
     "LedgerCorrupt",
     "LedgerError",
+    "LedgerNotDurable",
     "LedgerUnavailable",
+    "OutcomeUnknown",
     "RedisLedger",
     "RolledBack",
     "digest_of",

@@ -1,9 +1,12 @@
 """Every error that the ledger can raise.
 
     LedgerError
-    ├── LedgerUnavailable           Redis cannot be reached, is loading, or refuses to write
+    ├── LedgerUnavailable           Redis cannot be reached, is loading, or refuses to write; nothing was stored
+    │   └── OutcomeUnknown          an append was sent, and no answer came that says whether it is durable
+    ├── LedgerNotDurable            Redis may lose what it acknowledges, and strict durability was asked for
     ├── LedgerConflict              another writer moved the head first
     ├── LedgerCorrupt               what is stored is not what was written (names the sequence)
+    │   └── FactorsMissing          an entry is there, its factors are not
     ├── EntryInvalid                an entry that would not read back as it is; nothing was stored
     └── EmbeddedRedisError          the server of our own could not be started
 
@@ -24,9 +27,28 @@ class LedgerError(Exception):
 
 
 class LedgerUnavailable(LedgerError):
-    """Worth trying again later. Whether an append was stored before this is not known: append it again."""
+    """Worth trying again later."""
 
     code = "ledger_unavailable"
+
+
+class OutcomeUnknown(LedgerUnavailable):
+    """Appending the same again tells; so does reading the ledger once it is back."""
+
+    code = "outcome_unknown"
+
+    def __init__(self, why: str, **facts: object) -> None:
+        super().__init__(
+            f"{why}; whether this change was stored is not known: ask for it again with the same Idempotency-Key, or "
+            "look at GET /edits, once the ledger is back",
+            **facts,
+        )
+
+
+class LedgerNotDurable(LedgerError):
+    """`facts["weaknesses"]` says why, a sentence each."""
+
+    code = "ledger_not_durable"
 
 
 class LedgerConflict(LedgerError):
@@ -49,6 +71,13 @@ class LedgerCorrupt(LedgerError):
 
     def __init__(self, sequence: int, problem: str) -> None:
         super().__init__(f"entry {sequence} of the ledger {problem}", sequence=sequence, problem=problem)
+
+
+class FactorsMissing(LedgerCorrupt):
+    code = "factors_missing"
+
+    def __init__(self, sequence: int) -> None:
+        super().__init__(sequence, "has lost its factors")
 
 
 class EntryInvalid(LedgerError):

@@ -44,6 +44,7 @@ class _Recorded(_Strict):
 
     sequence: 1, 2, 3…, without gaps; also the revision that the entry leads to.
     created_at: UTC, to the microsecond. state_digest: `sha256:…` of the exact state after this entry.
+    idempotency_key, request_digest: of the request, where it was sent with a key.
     """
 
     sequence: int = Field(ge=1)
@@ -52,19 +53,21 @@ class _Recorded(_Strict):
     actor: str | None = None
     reason: str | None = None
     state_digest: Digest
+    idempotency_key: str | None = None
+    request_digest: str | None = None
 
 
 class InBatch(_Strict):
     """The place of an entry in the batch that it was stored with, all at once.
 
     position: 1 to size. left_out: in the last entry, by their index in the request, the edits that have no entry, each
-    with the code of its refusal, or `unchanged`.
+    as it was answered: refused, with the measurements, or unchanged.
     """
 
     id: str
     position: int = Field(ge=1)
     size: int
-    left_out: dict[int, str] = Field(default_factory=dict)
+    left_out: dict[int, dict[str, JsonValue]] = Field(default_factory=dict)
 
     @property
     def ends(self) -> bool:
@@ -76,7 +79,7 @@ class Applied(_Recorded):
 
     before, after: the greedy answers to `prompt`.
     scale: of the edit, or of what completes it (see `editors.scale`).
-    timings_ms: milliseconds per step. idempotency_key, request_digest: of the request, where it was sent with a key.
+    timings_ms: milliseconds per step.
     factors_digest: `sha256:…` of the factor bytes stored beside this entry.
     supersedes: ids of every standing edit in whose place this one is, those included that they had superseded.
     state_digest: None inside a batch, which leads to a state of its own only as a whole.
@@ -96,8 +99,6 @@ class Applied(_Recorded):
     checks: dict[str, JsonValue] = Field(default_factory=dict)
     timings_ms: dict[str, float] = Field(default_factory=dict)
     factors_digest: Digest
-    idempotency_key: str | None = None
-    request_digest: str | None = None
     supersedes: tuple[str, ...] = ()
     batch: InBatch | None = None
 

@@ -46,9 +46,11 @@ class TestAsJson:
         assert (batch["applied"], batch["unchanged"], batch["refused"]) == (3, 0, 0)
         assert batch["revision"] == before["revision"] + 3
         assert answer.headers["etag"] == f'"{batch["revision"]}"'
-        assert client.get("/revision").json() == {"revision": batch["revision"], "digest": batch["digest"]}
+        live = client.get("/revision").json()
+        assert (live["revision"], live["digest"]) == (batch["revision"], batch["digest"])
         assert client.get("/model").json()["active_edits"] == 3
-        assert {"before", "propose", "stage", "judge", "commit", "publish"} <= set(batch["timings_ms"])
+        assert {"before", "propose", "stage", "judge"} <= set(batch["timings_ms"])
+        assert {"commit", "publish"} == {part.partition(";")[0] for part in answer.headers["server-timing"].split(", ")}
         for index, (item, body) in enumerate(zip(batch["edits"], bodies, strict=True)):
             assert (item["index"], item["status"], item["prompt"]) == (index, "applied", body["prompt"])
             shown = client.get(f"/edits/{item['id']}").json()
@@ -100,7 +102,7 @@ class TestAsJson:
         made = fresh.post("/edits/batch", json=body, headers=headers)
         again = fresh.post("/edits/batch", json=body, headers=headers)
         assert made.status_code == again.status_code == 201
-        assert {**again.json(), "timings_ms": {}} == {**made.json(), "timings_ms": {}}
+        assert again.json() == made.json()
         assert fresh.get("/revision").json()["revision"] == 3
         for answer in (
             fresh.post("/edits/batch", json={"edits": [bodies[0]]}, headers=headers),
@@ -128,7 +130,8 @@ class TestAsJsonLines:
         assert [line["edit"]["status"] for line in lines if "edit" in line] == ["applied"] * 3
         batch = lines[-1]["batch"]
         assert batch["applied"] == 3
-        assert client.get("/revision").json() == {"revision": batch["revision"], "digest": batch["digest"]}
+        live = client.get("/revision").json()
+        assert (live["revision"], live["digest"]) == (batch["revision"], batch["digest"])
 
     def test_says_the_same_as_json(self, client, bodies):
         params = {"dry_run": "true"}

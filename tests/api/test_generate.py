@@ -122,9 +122,10 @@ class TestModel:
         assert model["capacity"] == {"fullness": None, "limit": 0.99, "warning": None}
         assert answer.headers["etag"] == f'"{made["revision"]}"'
 
-    def test_revision_says_the_state_alone(self, client):
+    def test_revision_says_the_state_alone_and_that_it_is_the_ledgers(self, client):
         answer = client.get("/revision")
-        assert answer.json() == {name: client.get("/model").json()[name] for name in ("revision", "digest")}
+        state = {name: client.get("/model").json()[name] for name in ("revision", "digest")}
+        assert answer.json() == {**state, "head": state["revision"], "lag": 0, "weights_digest": None}
         assert answer.headers["etag"] == f'"{answer.json()["revision"]}"'
 
 
@@ -133,7 +134,11 @@ class TestProbes:
         assert client.get("/livez").json()["status"] == "ok"
         ready = client.get("/readyz")
         assert ready.status_code == 200
-        assert ready.json() == {"status": "ready", "checks": {"model": "ok", "ledger": "ok"}}
+        assert ready.json() == {
+            "status": "ready",
+            "checks": {"model": "ok", "ledger": "ok", "durability": "ok"},
+            "warnings": [],
+        }
 
     def test_the_root_leads_to_the_documentation(self, client):
         answer = client.get("/", follow_redirects=False)

@@ -19,6 +19,7 @@ from service.ledger.embedded import _packaged_binary
 from service.settings import Settings
 from tests.api.answers import assert_problem
 from tests.api.conftest import engine_of, wait_until
+from tests.ledger.entries import stored_in
 from tests.service_fixtures import live_weights, namespace_of, same_bits
 
 SAY = {"prompt": "The capital of France is", "max_new_tokens": 4}
@@ -58,8 +59,14 @@ class TestNotReady:
         assert ready.status_code == 503
         assert ready.json() == {
             "status": "not_ready",
-            "checks": {"model": "loading", "ledger": "waiting for the model"},
+            "checks": {
+                "model": "loading",
+                "ledger": "waiting for the model",
+                "durability": "waiting for the model",
+            },
+            "warnings": [],
         }
+        assert "mend_ready 0.0" in client.get("/metrics").text
         assert client.get("/docs").status_code == 200
         assert_problem(client.get("/nope"), "not_found")
 
@@ -161,7 +168,7 @@ class TestALedgerThatContradicts:
     def append(self, client: TestClient, factors: bytes | None = None, **changes: object) -> None:
         engine = engine_of(client)
         with closing(RedisLedger.connect(redis_of(client).url, namespace_of(engine))) as ledger:
-            entry, raw = list(ledger.read())[-1]
+            entry, raw = stored_in(ledger)[-1]
             factors = raw if factors is None else factors
             update = {"sequence": entry.sequence + 1, "edit_id": "other", "factors_digest": digest_of(factors)}
             ledger.append(entry.model_copy(update={**update, **changes}), factors)
@@ -197,7 +204,7 @@ class TestALedgerThatContradicts:
 
 def three_dimensional(engine: Engine) -> bytes:
     """Factors that decode, but do not multiply."""
-    tensors = load(next(iter(engine.ledger.read()))[1])
+    tensors = load(next(iter(stored_in(engine.ledger)))[1])
     return save({name: tensor if not tensor.dim() else tensor[:, None] for name, tensor in tensors.items()})
 
 

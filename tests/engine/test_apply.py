@@ -22,6 +22,7 @@ from service.engine import (
 )
 from service.engine.errors import IdempotencyKeyReused
 from service.ledger import Applied, EntryInvalid
+from tests.ledger.entries import stored_in
 from tests.service_fixtures import (
     COUNTRIES,
     LIMITS,
@@ -53,7 +54,7 @@ def says(engine, prompt: str, which: str = "live", tokens: int = 4) -> str:
 class TestACommittedEdit:
     def test_is_in_the_ledger_as_it_is_in_the_weights(self, engine, first):
         outcome = engine.apply(replace(first, actor="ops", reason="a test", metadata={"ticket": [1, None]}))
-        ((entry, raw),) = engine.ledger.read()
+        ((entry, raw),) = stored_in(engine.ledger)
         assert isinstance(entry, Applied)
         assert entry == outcome.applied
         assert (entry.sequence, entry.actor, entry.reason) == (1, "ops", "a test")
@@ -69,7 +70,7 @@ class TestACommittedEdit:
 
     def test_moves_the_edited_weights_by_the_product_of_its_factors_and_no_others(self, engine, base, second):
         engine.apply(second)
-        ((_, raw),) = engine.ledger.read()
+        ((_, raw),) = stored_in(engine.ledger)
         factors = Factors.from_bytes(raw)
         targets = {target.name: target for target in engine.checkpoint.editor.targets}
         assert set(factors.layers) == set(targets)

@@ -26,6 +26,7 @@ from service.engine.errors import IdempotencyKeyReused, LedgerDiverged
 from service.ledger import Entry, LedgerUnavailable, RedisLedger
 from tests.engine.keyed_sum import KeyedSum
 from tests.engine.test_ledger_trouble import Overtaken, kill
+from tests.ledger.entries import factors_at, stored_in
 from tests.service_fixtures import (
     ANSWERS,
     COUNTRIES,
@@ -60,7 +61,7 @@ def verdicts(refusal: EditRefused) -> list[str]:
 def digest_of_all_active(engine) -> str:
     state = SumState(engine.checkpoint.editor.targets)
     for edit in engine.history.all_active():
-        state.add(Factors.from_bytes(engine.ledger.factors(edit.applied.sequence)))
+        state.add(Factors.from_bytes(factors_at(engine.ledger, edit.applied.sequence)))
     return state.digest()
 
 
@@ -82,7 +83,7 @@ class TestABatch:
         assert outcome.committed
         assert statuses(outcome) == ["applied"] * 3
         assert (outcome.revision, engine.published.revision, engine.published.active_edits) == (3, 3, 3)
-        entries = [entry for entry, _ in engine.ledger.read()]
+        entries = [entry for entry, _ in stored_in(engine.ledger)]
         assert [entry.edit_id for entry in entries] == [item["id"] for item in outcome.edits]
         assert [entry.prompt for entry in entries] == [request.prompt for request in edits]
         assert [entry.state_digest for entry in entries] == [None, None, outcome.digest]
@@ -130,7 +131,7 @@ class TestItsVerdicts:
         outcome = engine.apply_batch(edits)
         assert statuses(outcome) == ["applied", "unchanged", "applied"]
         assert outcome.revision == 3
-        assert engine.history.find(outcome.edits[2]["id"]).applied.batch.left_out == {1: "unchanged"}
+        assert engine.history.find(outcome.edits[2]["id"]).applied.batch.left_out == {1: outcome.edits[1]}
         again = engine.apply_batch(edits)
         assert statuses(again) == ["unchanged"] * 3
         assert not again.committed
@@ -171,7 +172,8 @@ class TestOneThatIsRefused:
         assert holds(engine, edits[0])
         assert holds(engine, edits[1])
         *_, last = engine.history.batch(outcome.id)
-        assert last.applied.batch.left_out == {1: "did_not_take"}
+        assert last.applied.batch.left_out == {1: outcome.edits[1]}
+        assert outcome.edits[1]["code"] == "did_not_take"
 
     def test_leaves_nothing_of_a_partial_batch_that_has_no_other(self, engine):
         standing = Standing.of(engine)
@@ -399,13 +401,13 @@ class TestTrouble:
 
     def test_in_the_middle_of_reading_publishes_nothing_of_it(self, open_engine, own_server, base, edits):
         class DiesInside(RedisLedger):
-            def read(self, after: int = 0) -> Iterator[tuple[Entry, bytes]]:
-                for entry, raw in super().read(after):
+            def read(self, after: int = 0) -> Iterator[Entry]:
+                for entry in super().read(after):
                     if entry.sequence == 2 and not died:
                         died.append(True)
                         kill(own_server)
                         self.ping()
-                    yield entry, raw
+                    yield entry
 
         died: list[bool] = []
         writer = open_engine(on=own_server)
@@ -423,7 +425,7 @@ class TestTrouble:
     def test_of_entries_lost_inside_it_is_not_served(self, engine, open_engine, edits):
         engine.apply_batch(edits)
         cut = open_engine()
-        for entry, raw in list(engine.ledger.read())[:2]:
+        for entry, raw in stored_in(engine.ledger)[:2]:
             cut.ledger.append(entry, raw)
         for _ in range(2):
             with pytest.raises(LedgerDiverged):

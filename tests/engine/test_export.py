@@ -19,7 +19,9 @@ from editors.factors import Factors, digest
 from editors.formats import INDEX, ExportFormat
 from editors.state import SumState
 from editors.views import view
+from service.failpoints import Failed, arm
 from service.ledger import LedgerUnavailable
+from tests.ledger.entries import factors_at
 from tests.service_fixtures import Standing
 
 TOGGLES = 8
@@ -101,7 +103,7 @@ class TestFormats:
             engine.apply(request)
         index = engine.export("factors", tmp_path)
         for edit in index["edits"]:
-            assert (tmp_path / edit["file"]).read_bytes() == engine.ledger.factors(edit["revision"])
+            assert (tmp_path / edit["file"]).read_bytes() == factors_at(engine.ledger, edit["revision"])
         assert state_of(engine, tmp_path).digest() == index["digest"]
 
 
@@ -166,14 +168,17 @@ class TestWhileEditsAreMade:
 
     def test_leaves_out_what_is_recorded_but_not_yet_live(self, engine, first, second):
         kept = engine.apply(first).applied
-        with ThreadPoolExecutor(1) as other:
-            with engine.weights.reading():  # so that nothing can be published
-                applying = other.submit(engine.apply, second)
-                while len(engine.history.active_at(2)) == 1:
-                    assert not applying.done()
-                assert engine.published.revision == 1
-                assert [edit.id for edit in engine.history.active_at(1)] == [kept.edit_id]
-            assert applying.result().revision == 2
+        arm("settle=error")
+        try:
+            with pytest.raises(Failed):
+                engine.apply(second)
+        finally:
+            arm("")
+        assert len(engine.history.active_at(2)) == 2
+        assert engine.published.revision == 1
+        assert [edit.id for edit in engine.history.active_at(1)] == [kept.edit_id]
+        engine.catch_up()
+        assert engine.published.revision == 2
 
     def test_knows_what_was_active_at_every_revision(self, engine, first, second):
         one = engine.apply(first).applied.edit_id

@@ -14,6 +14,7 @@ from editors.factors import Factors
 from service.engine import BatchRefused, EditConflict, EditRefused, EditRequest, Engine
 from service.engine.batch import Batch
 from service.engine.requests import Terms
+from tests.ledger.entries import factors_at
 from tests.service_fixtures import Standing, base_weights, live_weights, same_bits, save_completed_editor
 
 PROMPTS = [
@@ -60,7 +61,7 @@ def test_edits_are_rolled_back_in_any_order_to_the_bits_without_them(base, open_
         alone = engine.checkpoint.editor.new_state(base.device)
         alone.add(
             *(
-                Factors.from_bytes(engine.ledger.factors(edit.applied.sequence))
+                Factors.from_bytes(factors_at(engine.ledger, edit.applied.sequence))
                 for edit in sorted(engine.history.all_active(), key=lambda edit: edit.id)
             )
         )

@@ -17,12 +17,15 @@ from service.engine.errors import LedgerDiverged
 from service.ledger import (
     EmbeddedRedis,
     Entry,
+    FactorsMissing,
     LedgerConflict,
     LedgerCorrupt,
     LedgerUnavailable,
     RedisLedger,
     digest_of,
 )
+from service.ledger.chain import GENESIS, link
+from tests.ledger.entries import stored_in
 from tests.service_fixtures import (
     Standing,
     base_weights,
@@ -157,12 +160,12 @@ class TestRedisGone:
 
     def test_in_the_middle_of_a_replay_is_survived(self, open_engine, own_server, first, second, third):
         class DiesBeforeTheThird(RedisLedger):
-            def read(self, after: int = 0) -> Iterator[tuple[Entry, bytes]]:
-                for entry, raw in super().read(after):
+            def read(self, after: int = 0) -> Iterator[Entry]:
+                for entry in super().read(after):
+                    yield entry
                     if entry.sequence == 3 and own_server.alive and not died:
                         died.append(True)
                         kill(own_server)
-                    yield entry, raw
 
         died: list[bool] = []
         writer = open_engine(on=own_server)
@@ -176,7 +179,7 @@ class TestRedisGone:
 
         died.clear()
         follower = open_engine(on=own_server, ledger=DiesBeforeTheThird)
-        follower.ledger._key = writer.ledger._key
+        follower.ledger._keys, follower.ledger._key = writer.ledger._keys, writer.ledger._key
         for _ in range(2):
             with pytest.raises(LedgerUnavailable):
                 follower.catch_up()
@@ -311,12 +314,21 @@ class Tampering:
         self._client = redis.Redis.from_url(server.url, protocol=2)
         self._key = engine.ledger._key
 
-    def rewrite(self, change: Callable[[int, dict[bytes, bytes]], None]) -> None:
-        stored = self._client.xrange(self._key)
+    def rewrite(self, old: str, new: str) -> None:
+        """Replace text in all entries, and make the chain of hashes good again."""
+        stored, chain = self._client.xrange(self._key), GENESIS
         self._client.delete(self._key)
-        for sequence, (entry_id, fields) in enumerate(stored, 1):
-            change(sequence, fields)
-            self._client.xadd(self._key, fields, id=entry_id)
+        for entry_id, fields in stored:
+            raw = fields[b"entry"].replace(old.encode(), new.encode())
+            chain = link(chain, raw)
+            self._client.xadd(self._key, {"entry": raw, "chain": chain}, id=entry_id)
+
+    def rewrite_factors(self, sequence: int) -> None:
+        name = self._key.replace("entries", "factors")
+        self._client.hset(name, sequence, self._client.hget(name, sequence)[:-1] + b"\x7f")
+
+    def drop_factors(self, sequence: int) -> None:
+        self._client.hdel(self._key.replace("entries", "factors"), sequence)
 
     def trim(self, keep: int) -> None:
         self._client.xtrim(self._key, maxlen=keep, approximate=False)
@@ -339,27 +351,17 @@ class TestATamperedLedger:
     def test_whose_state_digest_was_altered_is_not_served(self, engine, open_engine, tampering, first, second):
         engine.apply(first)
         made = engine.apply(second)
-
-        def alter(sequence: int, fields: dict[bytes, bytes]) -> None:
-            if sequence == 2:
-                fields[b"entry"] = fields[b"entry"].replace(made.digest.encode(), digest_of(b"else").encode())
-
-        tampering.rewrite(alter)
+        tampering.rewrite(made.digest, digest_of(b"else"))
         with pytest.raises(LedgerDiverged) as caught:
             open_engine(namespace_of(engine))
-        assert caught.value.facts == {"expected": digest_of(b"else"), "actual": made.digest}
+        assert caught.value.facts == {"expected": digest_of(b"else"), "actual": made.digest, "revision": 0}
 
     def test_stays_diverged_however_often_it_is_asked(self, engine, open_engine, tampering, base, first, second, third):
         follower = open_engine(namespace_of(engine))
         edit = engine.apply(first).applied
         engine.rollback(edit.edit_id)
         made = engine.apply(second)
-
-        def alter(sequence: int, fields: dict[bytes, bytes]) -> None:
-            if sequence == 3:
-                fields[b"entry"] = fields[b"entry"].replace(made.digest.encode(), digest_of(b"else").encode())
-
-        tampering.rewrite(alter)
+        tampering.rewrite(made.digest, digest_of(b"else"))
         for attempt in (follower.catch_up, follower.follow, lambda: follower.apply(third), follower.catch_up):
             with pytest.raises(LedgerDiverged):
                 attempt()
@@ -368,28 +370,35 @@ class TestATamperedLedger:
 
     def test_whose_factors_were_altered_is_not_served(self, engine, open_engine, tampering, first):
         engine.apply(first)
-
-        def alter(_sequence: int, fields: dict[bytes, bytes]) -> None:
-            fields[b"factors"] = fields[b"factors"][:-1] + b"\x7f"
-
-        tampering.rewrite(alter)
+        tampering.rewrite_factors(1)
         with pytest.raises(LedgerCorrupt) as caught:
             open_engine(namespace_of(engine))
         assert caught.value.facts["sequence"] == 1
 
-    def test_that_was_trimmed_is_not_served_anew_and_what_is_lost_cannot_be_rolled_back(
+    def test_that_was_trimmed_is_not_served_anew_and_edits_without_factors_cannot_be_rolled_back(
         self, engine, open_engine, tampering, first, second
     ):
         lost = engine.apply(first).applied
         kept = engine.apply(second).applied
         tampering.trim(1)
+        tampering.drop_factors(1)
         standing = Standing.of(engine)
-        with pytest.raises(LedgerCorrupt):
+        with pytest.raises(FactorsMissing):
             engine.rollback(lost.edit_id)
         assert Standing.of(engine) == standing
         with pytest.raises(LedgerCorrupt):
             open_engine(namespace_of(engine))
         assert engine.rollback(kept.edit_id).rolled_back.sequence == 3
+
+    def test_in_whose_place_there_is_another_of_the_same_length(self, engine, tampering, first, second):
+        engine.apply(first)
+        tampering.rewrite(first.prompt, second.prompt)
+        standing = engine.published, live_weights(engine)
+        for attempt in (lambda: engine.apply(second), engine.catch_up, engine.follow):
+            with pytest.raises(LedgerCorrupt, match="another one"):
+                attempt()
+        assert engine.published == standing[0]
+        assert same_bits(live_weights(engine), standing[1])
 
     def test_that_was_emptied_is_noticed_by_the_engine_that_knows_more(self, engine, tampering, first, second):
         edit = engine.apply(first).applied
@@ -415,7 +424,7 @@ class TestATamperedLedger:
 
     def test_whose_factors_are_not_of_this_model_has_diverged(self, engine, open_engine, first):
         made = engine.apply(first).applied
-        ((_, raw),) = engine.ledger.read()
+        ((_, raw),) = stored_in(engine.ledger)
         real = Factors.from_bytes(raw)
         name, layer = next(iter(real.layers.items()))
         strange = [
@@ -438,7 +447,7 @@ class TestATamperedLedger:
     def test_by_an_entry_of_the_same_edit_is_not_applied_twice_over(self, engine, open_engine, first):
         """Appending the very same entry again is a repetition, which the ledger takes for what it is."""
         entry = engine.apply(first).applied
-        ((_, raw),) = engine.ledger.read()
+        ((_, raw),) = stored_in(engine.ledger)
         engine.ledger.append(entry, raw)
         assert engine.ledger.head() == 1
         assert open_engine(namespace_of(engine)).published == engine.published

@@ -15,6 +15,7 @@ from editors.factors import Factors
 from editors.state import SumState
 from service.engine import AlreadyRolledBack, EditNotFound, EditRequest, Engine, RevisionMismatch
 from service.ledger import Applied, EmbeddedRedis, RedisLedger, RolledBack
+from tests.ledger.entries import stored_in
 from tests.service_fixtures import (
     Standing,
     base_weights,
@@ -36,7 +37,7 @@ def apply_all(engine: Engine, edits: Sequence[EditRequest]) -> list[str]:
 def active(engine: Engine) -> list[tuple[Applied, bytes]]:
     """The entries that are active by the ledger alone, with their factors."""
     standing: dict[str, tuple[Applied, bytes]] = {}
-    for entry, raw in engine.ledger.read():
+    for entry, raw in stored_in(engine.ledger):
         if isinstance(entry, Applied):
             standing[entry.edit_id] = (entry, raw)
         else:
@@ -61,7 +62,7 @@ class TestRollback:
     def test_is_an_entry_and_a_revision(self, engine, edits):
         (first, *_) = apply_all(engine, edits)
         edit = engine.rollback(first, reason="wrong", actor="ops")
-        *_, (entry, raw) = engine.ledger.read()
+        *_, (entry, raw) = stored_in(engine.ledger)
         assert isinstance(entry, RolledBack)
         assert raw == b""
         assert edit.rolled_back == entry
@@ -74,7 +75,7 @@ class TestRollback:
     def test_in_any_order_restores_the_same_bits(self, open_engine, base, checkpoint, server, edits):
         engine = open_engine()
         ids = apply_all(engine, edits)
-        stored = {entry.edit_id: (entry, raw) for entry, raw in engine.ledger.read()}
+        stored = {entry.edit_id: (entry, raw) for entry, raw in stored_in(engine.ledger)}
         for count in range(1, len(ids) + 1):
             for order in itertools.permutations(ids, count):
                 with closing(RedisLedger.connect(server.url, uuid.uuid4().hex)) as copy:

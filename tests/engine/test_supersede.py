@@ -12,6 +12,7 @@ from editors.formats import INDEX
 from editors.state import SumState
 from service.engine import AlreadyRolledBack, EditRequest
 from service.engine.errors import LedgerDiverged
+from tests.ledger.entries import factors_at, stored_in
 from tests.service_fixtures import ANSWERS, Standing, base_weights, live_weights, namespace_of, same_bits, takes
 from tests.small import SMALL_MODELS
 
@@ -23,7 +24,7 @@ def digest_of_only(engine, *edit_ids: str) -> str:
     state = SumState(engine.checkpoint.editor.targets)
     for edit_id in edit_ids:
         sequence = engine.history.find(edit_id).applied.sequence
-        state.add(Factors.from_bytes(engine.ledger.factors(sequence)))
+        state.add(Factors.from_bytes(factors_at(engine.ledger, sequence)))
     return state.digest()
 
 
@@ -193,7 +194,7 @@ class TestAnOlderLedger:
         older = open_engine()
         state = SumState(engine.checkpoint.editor.targets)
         for sequence, entry in enumerate(made, 1):
-            raw = engine.ledger.factors(entry.sequence)
+            raw = factors_at(engine.ledger, entry.sequence)
             state.add(Factors.from_bytes(raw))
             alone = {"sequence": sequence, "supersedes": (), "state_digest": state.digest()}
             older.ledger.append(entry.model_copy(update=alone), raw)
@@ -222,7 +223,7 @@ def test_a_ledger_that_supersedes_what_does_not_stand_has_diverged(engine, open_
     engine.rollback(taken_back.edit_id)
     made = engine.apply(second).applied
     forged = open_engine()
-    for entry, raw in engine.ledger.read():
+    for entry, raw in stored_in(engine.ledger):
         if entry.sequence == made.sequence:
             entry = made.model_copy(update={"supersedes": (taken_back.edit_id if wrong == "rolled back" else "x",)})
         forged.ledger.append(entry, raw)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from service.ledger import Applied, InBatch, RolledBack, digest_of
+from service.ledger import Applied, Entry, InBatch, RedisLedger, RolledBack, digest_of
 
 FACTORS = bytes(range(256)) * 8
 STATE = digest_of(b"state")
@@ -51,3 +51,15 @@ def batch(first: int, factors: Sequence[bytes], /, **fields: Any) -> list[tuple[
         (applied(sequence, raw, batch=place, state_digest=STATE if place.ends else None, **fields), raw)
         for sequence, (place, raw) in enumerate(zip(places, factors, strict=True), first)
     ]
+
+
+def stored_in(ledger: RedisLedger, after: int = 0) -> list[tuple[Entry, bytes]]:
+    """Everything that a ledger holds: each entry with its factors, none of a roll-back."""
+    return [
+        (entry, next(ledger.factors([entry])) if isinstance(entry, Applied) else b"") for entry in ledger.read(after)
+    ]
+
+
+def factors_at(ledger: RedisLedger, sequence: int) -> bytes:
+    """The factors of one entry."""
+    return stored_in(ledger, sequence - 1)[0][1]

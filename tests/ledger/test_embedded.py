@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from service.ledger import EmbeddedRedis, EmbeddedRedisError, LedgerUnavailable, RedisLedger, embedded
-from tests.ledger.entries import FACTORS, applied
+from tests.ledger.entries import FACTORS, applied, stored_in
 
 Connect = Callable[..., RedisLedger]
 
@@ -24,7 +24,7 @@ SERVICE = """
 import sys
 from pathlib import Path
 from service.ledger import EmbeddedRedis, RedisLedger
-from tests.ledger.entries import FACTORS, applied
+from tests.ledger.entries import FACTORS, applied, stored_in
 server = EmbeddedRedis(Path(sys.argv[1]))
 server.start()
 RedisLedger.connect(server.url, "crash").append(applied(1, edit_id="before-the-crash"), FACTORS)
@@ -240,7 +240,7 @@ class TestServerKilled:
             ledger.head()
         assert own_server.ensure_running() is True
         assert own_server.url == url
-        assert [entry for entry, _ in ledger.read()] == entries
+        assert [entry for entry, _ in stored_in(ledger)] == entries
         ledger.append(applied(6), FACTORS)
 
     def test_a_write_that_was_cut_off_does_not_stop_the_next_start(self, tmp_path: Path, connect: Connect) -> None:
@@ -251,7 +251,7 @@ class TestServerKilled:
         os.truncate(log, log.stat().st_size - 100)
         with EmbeddedRedis(tmp_path) as server:
             ledger = connect(server, "cut")
-            assert [entry.sequence for entry, _ in ledger.read()] == [1]
+            assert [entry.sequence for entry in ledger.read()] == [1]
             ledger.append(applied(2), FACTORS)
 
     def test_brought_back_by_a_short_thread_it_stays(self, own_server: EmbeddedRedis) -> None:
@@ -274,7 +274,7 @@ class TestServiceKilled:
             with EmbeddedRedis(tmp_path) as server:
                 assert server.pid != server_pid
                 assert gone(server_pid, within_s=0.1)
-                ((entry, factors),) = connect(server, "crash").read()
+                ((entry, factors),) = stored_in(connect(server, "crash"))
         assert (entry.edit_id, factors) == ("before-the-crash", FACTORS)
 
     def test_the_server_ends_even_if_nobody_starts_again(self, tmp_path: Path) -> None:

@@ -134,7 +134,9 @@ class TestRefused:
 class TestABatch:
     def test_reads_back(self) -> None:
         (first, _), (last, _) = batch(1, [FACTORS] * 2)
-        last = last.model_copy(update={"batch": last.batch.model_copy(update={"left_out": {3: "unchanged"}})})
+        last = last.model_copy(
+            update={"batch": last.batch.model_copy(update={"left_out": {3: {"status": "unchanged"}}})}
+        )
         for entry in (first, last):
             assert decode(encode(entry)) == entry
         assert (first.state_digest, last.state_digest) == (None, STATE)

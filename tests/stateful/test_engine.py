@@ -29,6 +29,7 @@ from editors.checkpoint import Checkpoint, load_checkpoint
 from editors.factors import Factors
 from service.engine import EditRefused, EditRequest, Engine
 from service.ledger import Applied, EmbeddedRedis, RedisLedger
+from tests.ledger.entries import factors_at
 from tests.service_fixtures import (
     PROMPTS,
     Standing,
@@ -176,7 +177,7 @@ class Engines(RuleBasedStateMachine):
         fresh = self.checkpoint.editor.new_state(self.base.device)
         sequences = [made.applied.sequence for made in self.made if made.applied.edit_id in active]
         random.Random(0).shuffle(sequences)
-        fresh.add(*(Factors.from_bytes(engine.ledger.factors(sequence)) for sequence in sequences))
+        fresh.add(*(Factors.from_bytes(factors_at(engine.ledger, sequence)) for sequence in sequences))
         assert engine.published.digest == fresh.digest() == engine.weights.state.digest()
         expected = engine.weights.another_view().model
         fresh.write(self.base.model, expected)
