@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -61,8 +62,10 @@ class Laps:
         for name, values in self.taken.items():
             median = statistics.median(values)
             lines.append(f"| {name} | {median:.1f} | {median / forward:.2f} | {len(values)} |")
-        size = statistics.median(self.factors_bytes) / 1000 if self.factors_bytes else 0
-        return "\n".join([*lines, "", f"ledger: {size:.1f} kB of factors per edit (median)"])
+        if self.factors_bytes:
+            size = statistics.median(self.factors_bytes) / 1000
+            lines += ["", f"ledger: {size:.1f} kB of factors per edit (median)"]
+        return "\n".join(lines)
 
 
 def bench(
@@ -72,6 +75,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Times that every fact is edited and rolled back.")] = FACTS_EACH,
     data: Annotated[Path | None, typer.Option(help="Data file: measure many of its edits at once instead.")] = None,
     edits: Annotated[int, typer.Option(min=1, help="So many.")] = 1000,
+    replay: Annotated[
+        int | None, typer.Option(min=10, help="Measure instead how long a ledger of so many entries takes to replay.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
     """Measure each step of an edit, a rollback and a restart, as ratios to one forward pass over a prompt."""
@@ -100,17 +106,21 @@ def bench(
         closing(RedisLedger.connect(redis.url, "bench")) as ledger,
     ):
         engine = _engine(base, checkpoint, ledger)
-        if data:
+        if replay:
+            from service.cli.filling import fill
+
+            fill(engine, replay)
+        elif data:
             from service.engine import EditRequest
 
             requests = [EditRequest(e.prompt, e.correction, subject=e.named_subject) for e in examples]
             _measure_many(laps, engine, requests[:-rounds], requests[-rounds:])
         else:
             _measure_single(laps, engine, rounds)
-        with laps.lap("restart: views and guard"):
-            again = _engine(base, checkpoint, ledger)
-        with laps.lap(f"restart: replay of {engine.published.revision} entries"):
-            again.catch_up()
+        _restart(laps, base, checkpoint, redis.url)
+        if replay:
+            ledger.compact()
+            _restart(laps, base, checkpoint, redis.url, ", compacted")
     typer.echo(laps.table())
     if report:
         figures = {"laps_ms": laps.taken, "factors_bytes": laps.factors_bytes}
@@ -125,16 +135,49 @@ def _engine(base: BaseModel, checkpoint: Checkpoint, ledger: RedisLedger) -> Eng
     return Engine(base, checkpoint, ledger, read_guard_prompts(None), limits)
 
 
+def _restart(laps: Laps, base: BaseModel, checkpoint: Checkpoint, url: str, how: str = "") -> None:
+    from service.ledger import RedisLedger
+
+    with closing(RedisLedger.connect(url, "bench")) as ledger:
+        with laps.lap("restart: views and guard"):
+            again = _engine(base, checkpoint, ledger)
+        _forward(laps, again, FACTS[0][0])
+        with laps.lap(f"restart: replay of {ledger.head()} entries{how}"):
+            again.catch_up()
+
+
 def _measure_single(laps: Laps, engine: Engine, rounds: int) -> None:
     from service.engine import EditRefused, EditRequest
 
     engine.catch_up()
-    for prompt, correction in FACTS * rounds:
-        _forward(laps, engine, prompt)
-        try:
-            _edit_and_take_back(laps, engine, EditRequest(prompt, correction))
-        except EditRefused as refusal:
-            typer.echo(f"refused: {prompt} {correction} ({refusal.code})", err=True)
+    with _waiting(laps, engine):
+        for prompt, correction in FACTS * rounds:
+            _forward(laps, engine, prompt)
+            try:
+                _edit_and_take_back(laps, engine, EditRequest(prompt, correction))
+            except EditRefused as refusal:
+                typer.echo(f"refused: {prompt} {correction} ({refusal.code})", err=True)
+
+
+@contextmanager
+def _waiting(laps: Laps, engine: Engine) -> Iterator[None]:
+    """Begin to read the live weights again and again, as generations do, and note the longest wait for it."""
+    done, waits = threading.Event(), [0.0]
+
+    def read() -> None:
+        while not done.wait(0.001):
+            start = time.perf_counter()
+            with engine.weights.reading():
+                waits.append(1000 * (time.perf_counter() - start))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reader.join()
+    laps.taken["longest wait of a generation to begin, over all edits"].append(max(waits))
 
 
 def _measure_many(laps: Laps, engine: Engine, many: Sequence[EditRequest], more: Sequence[EditRequest]) -> None:

@@ -7,16 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from editors.base_model import load_base_model
 from service.ledger import EmbeddedRedis, RedisLedger
 from service.settings import Settings
+from tests.api.conftest import wait_until
 from tests.e2e.server import Server, serving
+from tests.ledger.servers import Server as RedisServer
 from tests.service_fixtures import Folders, find_edits, save_base, save_editor, small_checkpoint, small_engine
 
 MEND = [sys.executable, "-c", "from service.cli import main; main()"]
@@ -134,16 +140,112 @@ class TestStop:
         assert not (tmp_path / "redis.sock").exists()
 
 
-def test_an_edit_over_real_http(live, folders, tmp_path):
+class TestStopWhileAnEditIsMade:
+    @pytest.fixture
+    def slow(self, environment, tmp_path):
+        """A service in which an edit takes long to be judged."""
+
+        @contextmanager
+        def slow(seconds: float) -> Iterator[Server]:
+            settings = {**environment, "MEND_FAILPOINT": f"judge=sleep:{seconds}"}
+            with serving(tmp_path / "data", tmp_path / "log", **settings) as server:
+                yield server
+
+        return slow
+
+    @contextmanager
+    def posting(self, server: Server, edit: dict) -> Iterator[Future]:
+        with ThreadPoolExecutor(1) as pool:
+            posted = pool.submit(server.client.post, "/edits", json=edit)
+            time.sleep(1)
+            assert not posted.done()
+            yield posted
+
+    def test_answers_it_first(self, slow, edit, environment, tmp_path):
+        with slow(3) as server:
+            with self.posting(server, edit) as posted:
+                server.process.terminate()
+                time.sleep(0.5)
+                with pytest.raises(httpx.ConnectError), httpx.Client() as late:
+                    late.get(server.client.base_url.join("/livez"))
+                made = posted.result()
+                assert made.status_code == 201, made.text
+            assert server.process.wait(timeout=60) == 0
+        with serving(tmp_path / "data", tmp_path / "log", **environment) as server:
+            assert server.get(f"/edits/{made.json()['id']}") == made.json()
+
+    def test_twice_is_at_once_and_leaves_nothing_half_done(self, slow, edit, environment, tmp_path):
+        with slow(60) as server:
+            (redis,) = psutil.Process(server.process.pid).children(recursive=True)
+            with self.posting(server, edit) as posted:
+                server.process.terminate()
+                time.sleep(0.5)
+                start = time.monotonic()
+                server.process.terminate()
+                assert server.process.wait(timeout=10) == 128 + signal.SIGTERM
+                assert time.monotonic() - start < 2
+                with pytest.raises(httpx.TransportError):
+                    posted.result()
+            redis.wait(timeout=10)
+        with serving(tmp_path / "data", tmp_path / "log", **environment) as server:
+            assert server.get("/revision", verify=True)["revision"] == 0
+
+
+class TestARedisThatMayLoseEdits:
+    @pytest.fixture
+    def careless(self):
+        with RedisServer({"appendonly": "no", "maxmemory-policy": "allkeys-lru"}) as redis:
+            yield redis
+
+    def test_is_refused_where_durability_is_strict(self, environment, careless, tmp_path):
+        url = f"unix://{careless.path}"
+        said = refusal(environment, tmp_path, "--durability", "strict", MEND_REDIS_URL=url)
+        assert "appendonly" in said
+        assert "allkeys-lru" in said
+        assert "MEND_DURABILITY" in said
+
+    def test_is_warned_of_else_and_served(self, environment, careless, tmp_path):
+        log = tmp_path / "log"
+        with serving(tmp_path / "data", log, **environment, MEND_REDIS_URL=f"unix://{careless.path}") as server:
+            warnings = server.get("/readyz")["warnings"]
+            assert any("appendonly" in warning for warning in warnings)
+            assert any("maxmemory-policy" in warning for warning in warnings)
+            assert all(warning in log.read_text() for warning in warnings)
+
+    def test_takes_a_strict_service_out_when_it_becomes_so(self, environment, edit, tmp_path):
+        with (
+            RedisServer() as redis,
+            serving(
+                tmp_path / "data", tmp_path / "log", **environment,
+                MEND_REDIS_URL=f"unix://{redis.path}", MEND_DURABILITY="strict",
+            ) as server,
+        ):  # fmt: skip
+            redis.client.config_set("appendonly", "no")
+            wait_until(lambda: server.client.get("/readyz").status_code == 503)
+            assert "appendonly" in server.client.get("/readyz").json()["checks"]["durability"]
+            refused = server.client.post("/edits", json=edit)
+            assert (refused.status_code, refused.json()["code"]) == (503, "ledger_not_durable")
+            assert server.get("/generate", prompt="The")["revision"] == 0
+            redis.client.config_set("appendonly", "yes")
+            wait_until(lambda: server.client.get("/readyz").status_code == 200)
+            assert server.client.post("/edits", json=edit).status_code == 201
+
+
+@pytest.fixture(scope="module")
+def edit(folders, tmp_path_factory) -> dict[str, str]:
+    """An edit that takes on a model that nobody has edited."""
+    folder = tmp_path_factory.mktemp("edit")
     base = load_base_model(str(folders.base_model))
-    with EmbeddedRedis(tmp_path / "redis") as redis:
-        ledger = RedisLedger.connect(redis.url, "edits")
-        edit, *_ = find_edits(small_engine(base, small_checkpoint(tmp_path / "editor", base), ledger))
-        ledger.close()
+    with EmbeddedRedis(folder / "redis") as redis, closing(RedisLedger.connect(redis.url, "edits")) as ledger:
+        edit, *_ = find_edits(small_engine(base, small_checkpoint(folder / "editor", base), ledger))
+    return {"prompt": edit.prompt, "correction": edit.correction}
+
+
+def test_an_edit_over_real_http(live, edit):
     server, _ = live
-    answer = server.client.post("/edits", json={"prompt": edit.prompt, "correction": edit.correction})
+    answer = server.client.post("/edits", json=edit)
     assert answer.status_code == 201, answer.text
-    assert server.get("/generate", prompt=edit.prompt)["text"].strip().startswith(edit.correction.strip())
+    assert server.get("/generate", prompt=edit["prompt"])["text"].strip().startswith(edit["correction"].strip())
     for query in ("prompt=%ff", "prompt=%ed%a0%80"):
         assert server.client.get(f"/generate?{query}").json()["code"] == "invalid_utf8"
     assert server.client.get("/edits/%00%ff").json()["code"] == "edit_not_found"

@@ -6,10 +6,12 @@ must add up to is worked out afresh after every step.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from editors.base_model import BaseModel
 from editors.checkpoint import Checkpoint, load_checkpoint
 from editors.factors import Factors
 from service.engine import EditRefused, EditRequest, Engine
+from service.failpoints import Failed, arm
 from service.ledger import Applied, EmbeddedRedis, RedisLedger
 from tests.ledger.entries import factors_at
 from tests.service_fixtures import (
@@ -42,6 +45,8 @@ from tests.service_fixtures import (
 )
 from tests.small import small_base
 
+NOT_STORED, STORED = ("propose", "judge", "append"), ("commit", "settle")
+"""Failpoints before and after the moment in which a change becomes durable."""
 KINDS = {"sum": ("linear", save_editor), "sum of Conv1D": ("conv1d", save_editor),
          "least squares": ("linear", save_completed_editor)}  # fmt: skip
 ASKED = {subject: PROMPTS[subject] for subject in ("France", "England", "Italy", "Norway")}
@@ -156,6 +161,62 @@ class Engines(RuleBasedStateMachine):
         self.engine = self.open()
 
     @rule()
+    def restart_elsewhere(self):
+        self.other = self.open()
+
+    @rule(request=requests, terms=terms, point=st.sampled_from(NOT_STORED + STORED))
+    def die_while_editing(self, request, terms, point):
+        """Whoever lost the answer asks again with the same key: one edit, made before or now."""
+        request = replace(request, idempotency_key=uuid.uuid4().hex, request_digest="digest")
+        arm(f"{point}=error")
+        try:
+            with suppress(EditRefused):
+                assert not self.engine.apply(request, **terms).committed  # it never came to that point
+            return
+        except Failed:
+            pass
+        finally:
+            arm("")
+        self.engine = self.open()
+        assert self.engine.published.revision == self.engine.ledger.head()
+        outcome = self.again(request, terms)
+        assert (outcome is not None and outcome.replayed) == (point in STORED)
+        if outcome is not None and outcome.committed:
+            self.made.append(Made(outcome.applied))
+            assert replace(self.again(request, terms), publish_ms={}) == replace(outcome, replayed=True, publish_ms={})
+
+    def again(self, request, terms):
+        with suppress(EditRefused):
+            return self.engine.apply(request, **terms)
+
+    @rule(number=st.integers(0, 99), point=st.sampled_from(("append", *STORED)))
+    def die_while_rolling_back(self, number, point):
+        standing = [made for made in self.made if made.standing]
+        if not standing:
+            return
+        made = standing[number % len(standing)]
+        key = {"idempotency_key": uuid.uuid4().hex, "request_digest": "digest"}
+        arm(f"{point}=error")
+        with pytest.raises(Failed):
+            self.engine.rollback(made.applied.edit_id, **key)
+        arm("")
+        self.engine = self.open()
+        assert self.engine.history.find(made.applied.edit_id).standing == (point not in STORED)
+        edit = self.engine.rollback(made.applied.edit_id, **key)
+        assert self.engine.rollback(made.applied.edit_id, **key) == edit
+        made.standing = False
+
+    @rule()
+    def kill_redis(self):
+        os.kill(self.server.pid, signal.SIGKILL)
+        while not self.server.ensure_running():
+            pass
+
+    @rule()
+    def compact(self):
+        self.engine.ledger.compact()
+
+    @rule()
     def audit(self):
         audit = self.engine.audit()
         assert audit.published == self.engine.published
@@ -200,17 +261,18 @@ class Engines(RuleBasedStateMachine):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_sequence_of_changes(kind: str, server: EmbeddedRedis, tmp_path: Path) -> None:
+def test_any_sequence_of_changes(kind: str, tmp_path: Path) -> None:
     layout, save = KINDS[kind]
     base = small_base(layout)
-    checkpoint = load_checkpoint(save(tmp_path, base), base)
-    machine = type("Machine", (Engines,), {"base": base, "checkpoint": checkpoint, "server": server})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=16,
-            stateful_step_count=20,
-            deadline=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-        ),
-    )
+    checkpoint = load_checkpoint(save(tmp_path / "editor", base), base)
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        machine = type("Machine", (Engines,), {"base": base, "checkpoint": checkpoint, "server": server})
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=16,
+                stateful_step_count=20,
+                deadline=None,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+            ),
+        )
