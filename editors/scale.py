@@ -13,6 +13,7 @@ by at least `margin` nats; 0 is what greedy decoding needs, more buys generality
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -118,12 +119,24 @@ def search_scale(upper: UpperBlocks, hidden: Tensor, tokens: Tokens, increment: 
     """
     scales = torch.tensor(SCALES, device=hidden.device)
     count = len(scales)
+    scaled = {name for name, (_, delta, _) in increment.items() if delta.any()}
     factored = {
         name: (u[None].expand(count, -1, -1), scales[:, None, None] * delta[None] + offset)
+        if name in scaled
+        else (u[None], offset[None])
         for name, (u, delta, offset) in increment.items()
     }
-    with edited(upper.module, [target for target in upper.targets if target.name in factored], factored):
-        logits = upper.logits(hidden.expand(count, *hidden.shape[1:]), [tokens] * count)
+    # All scales are the same below what they scale.
+    once = scaled and upper.kind == "decoder"
+    with ExitStack() as stack:
+        stack.enter_context(
+            edited(upper.module, [target for target in upper.targets if target.name in factored], factored)
+        )
+        if once:
+            stack.enter_context(upper.copied(count, scaled))
+        else:
+            hidden = hidden.expand(count, *hidden.shape[1:])
+        logits = upper.logits(hidden, [tokens] * count)
     margins = token_margins(logits, torch.tensor(tokens.target, device=hidden.device).repeat(count))
     return ScaleSearch(tuple(margins.view(count, len(tokens.target)).amin(1).tolist()))
 

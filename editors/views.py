@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -91,6 +91,7 @@ class UpperBlocks:
         self._hidden: Tensor | None = None
         self._where: tuple[Tensor, Tensor] | None = None
         first, stack = first_edited_block(model, targets)
+        self._stack = stack
         self.cached, self.why_not = False, ""
         self._use(self._full, targets)
         calls: dict[str, list[Any]] = {target.name: [] for target in targets}
@@ -168,6 +169,27 @@ class UpperBlocks:
             return logits[self._where[0]] if self.kind == "classifier" else logits[0]
         finally:
             self._hidden = self._where = None
+
+    @contextmanager
+    def copied(self, count: int, names: Collection[str]) -> Iterator[None]:
+        """Inside, a batch of one text becomes so many copies where it enters the lowest block of these targets.
+
+        names: of targets in `self.targets`, of a decoder. What is below runs once for all copies.
+        """
+        blocks = [match for name in names if (match := re.match(rf"{re.escape(self._stack)}\.(\d+)", name))]
+        lowest = min(blocks, key=lambda match: int(match[1]))[0]
+
+        def copy(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (args[0].expand(count, *args[0].shape[1:]), *args[1:]), kwargs
+            hidden = kwargs["hidden_states"]
+            return args, {**kwargs, "hidden_states": hidden.expand(count, *hidden.shape[1:])}
+
+        handle = self.module.get_submodule(lowest).register_forward_pre_hook(copy, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def rows_seen(self, target: Target, sequences: Sequence[Tokens]) -> list[int]:
         """At how many positions of each sequence a target of `self.targets` is used, padding aside."""

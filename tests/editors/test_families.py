@@ -99,6 +99,28 @@ def test_factored_equals_dense(family):
             got = got[len(expected) :]
 
 
+@pytest.mark.parametrize("decoder", [name for name in SIZES if name not in KINDS])
+def test_copies_from_a_block_on_say_what_whole_copies_say(decoder):
+    """One edit below, the same for all, and as many above as there are copies."""
+    model = family_model(decoder, torch.float64)
+    (tokens, _), targets = family_sequences(model), resolve_targets(model)
+    upper = UpperBlocks(model, targets)
+    hidden, copies = upper.below([tokens.inputs]), 3
+    same, different = (random_edits(targets, number, torch.float64) for number in (1, copies))
+    lowest = [short.name for short in upper.targets if ".0." in short.name]
+    own = {
+        short.name: (same if short.name in lowest else different)[full.name]
+        for short, full in zip(upper.targets, targets, strict=True)
+    }
+    with edited(upper.module, upper.targets, own), torch.no_grad():
+        expected = upper.logits(hidden.expand(copies, -1, -1), [tokens] * copies)
+        with upper.copied(copies, own.keys() - set(lowest)):
+            got = upper.logits(hidden, [tokens] * copies)
+        assert upper.logits(hidden.expand(copies, -1, -1), [tokens] * copies).equal(expected)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(expected[: len(tokens.scored)], expected[len(tokens.scored) : 2 * len(tokens.scored)])
+
+
 def test_upper_blocks_say_what_the_whole_model_says(model):
     targets, sequences = resolve_targets(model), family_sequences(model)
     upper = UpperBlocks(view(model), targets)
