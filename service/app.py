@@ -173,6 +173,14 @@ class Service:
         ledger = durability = "ok" if self._engine else waiting
         return {"model": loaded, "ledger": ledger, "durability": durability, **self._trouble}
 
+    def head(self) -> int | None:
+        """The last revision of the ledger; None while it cannot be asked, without trying again to."""
+        if self._engine is None or "ledger" in self._trouble:
+            return None
+        with suppress(LedgerError):
+            return self._engine.ledger.head()
+        return None
+
     def warnings(self) -> list[str]:
         """What may go wrong, but need not: how Redis may lose edits, where that is accepted."""
         return list(self._warnings)

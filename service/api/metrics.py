@@ -40,7 +40,7 @@ class _Collector:
         )
         if engine is None:
             return
-        published, head = engine.published, engine.head()
+        published, head = engine.published, service.head()
         yield GaugeMetricFamily("mend_revision", "The revision that is live here.", published.revision)
         yield GaugeMetricFamily("mend_active_edits", "Edits that are live here.", published.active_edits)
         if head is not None:

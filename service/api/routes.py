@@ -221,12 +221,14 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
 
 
 @router.get("/revision", responses=responses(400, 422, 503))
-def get_revision(query: Annotated[RevisionQuery, Query()], engine: Loaded, response: Response) -> RevisionView:
+def get_revision(
+    query: Annotated[RevisionQuery, Query()], engine: Loaded, request: Request, response: Response
+) -> RevisionView:
     """What is live here, and how far behind the ledger it is. Cheap to poll, unless it is to `verify`."""
     proof = engine.prove() if query.verify else None
     published = proof.published if proof else engine.published
     tag(response, published)
-    return RevisionView.of(published, engine.head(), proof and proof.weights_digest)
+    return RevisionView.of(published, request.app.state.service.head(), proof and proof.weights_digest)
 
 
 @router.get("/export", status_code=200, response_class=ArchiveResponse, responses=responses(400, 409, 422, 503, 507))

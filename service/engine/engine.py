@@ -43,7 +43,7 @@ from service.engine.single import make_edit, repeated_edit
 from service.engine.texts import Texts
 from service.engine.weights import Proof, Weights
 from service.engine.workshop import Workshop
-from service.ledger import Compacted, LedgerConflict, LedgerError, RedisLedger, RolledBack
+from service.ledger import Compacted, LedgerConflict, RedisLedger, RolledBack
 
 Which = Literal["live", "base"]
 Changed = TypeVar("Changed")
@@ -105,12 +105,6 @@ class Engine:
         with self.weights.reading() as (live, published):
             model = live.model if which == "live" else self.base.model
             return generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling), published
-
-    def head(self) -> int | None:
-        """The last revision of the ledger; None while it cannot be asked."""
-        with suppress(LedgerError):
-            return self.ledger.head()
-        return None
 
     def export(self, format: ExportFormat, folder: Path) -> dict[str, Any]:
         """Write what is live now into an empty folder; returns its index, which names the revision and the state.

@@ -166,7 +166,6 @@ class EmbeddedRedis:
             "appendonly": "yes",
             "appendfsync": "always",
             "aof-load-truncated": "yes",  # a write cut off by a crash was never acknowledged
-            "auto-aof-rewrite-percentage": "0",  # the ledger only grows: rewriting would copy it for nothing
             "save": "",
             "maxmemory-policy": "noeviction",
         }

@@ -221,6 +221,20 @@ class TestAnotherWriter:
         assert one.published == other.published
         assert same_bits(live_weights(other), live_weights(one))
 
+    def test_that_drops_what_this_one_still_has_live_is_followed(self, two, first, second, third):
+        """The factors of an edit that was rolled back are gone before this one has heard of it."""
+        one, other = two
+        edit = one.apply(first).applied
+        one.apply(second)
+        other.follow()
+        one.rollback(edit.edit_id)
+        one.apply(third)
+        assert one.ledger.compact().dropped_factors == 1
+        other.follow()
+        assert other.published == one.published
+        assert same_bits(live_weights(other), live_weights(one))
+        assert other.prove().holds
+
     def test_is_caught_up_with_before_an_edit(self, two, first, second, third):
         one, other = two
         one.apply(first)
