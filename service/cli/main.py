@@ -12,6 +12,8 @@ from service.cli.checkpoint import checkpoint
 from service.cli.compare import compare
 from service.cli.evaluate import evaluate
 from service.cli.export import export
+from service.cli.ledger import ledger
+from service.cli.migrate import migrate
 from service.cli.plan import plan
 from service.cli.serve import serve
 from service.cli.train import train
@@ -24,6 +26,8 @@ app.command()(compare)
 app.command()(bench)
 app.command()(export)
 app.add_typer(checkpoint, name="checkpoint")
+ledger.command()(migrate)
+app.add_typer(ledger, name="ledger")
 app.command()(plan)
 
 
@@ -34,10 +38,13 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line. Expected errors end it with one clear line and exit status 1."""
-    from service.engine.errors import EngineError
-    from service.ledger.errors import EmbeddedRedisError, LedgerError
-
     try:
         app()
-    except (EditorsError, EngineError, LedgerError, EmbeddedRedisError) as error:
-        sys.exit(f"mend: {error}")
+    except Exception as error:
+        # Not imported before there is an error: with the engine's comes torch, for which no quick command should wait.
+        from service.engine.errors import EngineError
+        from service.ledger.errors import LedgerError
+
+        if isinstance(error, EditorsError | EngineError | LedgerError):
+            sys.exit(f"mend: {error}")
+        raise

@@ -12,13 +12,16 @@ from service.ledger.errors import (
     LedgerConflict,
     LedgerCorrupt,
     LedgerError,
+    LedgerFileError,
     LedgerNotDurable,
     LedgerUnavailable,
     OutcomeUnknown,
 )
+from service.ledger.file import LedgerFile, export_ledger, import_file
 from service.ledger.records import Applied, Entry, InBatch, RolledBack, digest_of
 from service.ledger.redis_ledger import RedisLedger
 from service.ledger.snapshot import Compacted
+from service.ledger.verification import Verification, verify_ledger
 
 __all__ = [
     "Applied",
@@ -34,10 +37,16 @@ __all__ = [
     "LedgerConflict",
     "LedgerCorrupt",
     "LedgerError",
+    "LedgerFile",
+    "LedgerFileError",
     "LedgerNotDurable",
     "LedgerUnavailable",
     "OutcomeUnknown",
     "RedisLedger",
     "RolledBack",
+    "Verification",
     "digest_of",
+    "export_ledger",
+    "import_file",
+    "verify_ledger",
 ]

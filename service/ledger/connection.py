@@ -10,7 +10,6 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.failpoints import reach
 from service.ledger.errors import LedgerCorrupt, LedgerError, LedgerUnavailable, OutcomeUnknown
 
 CONNECT_TIMEOUT_S = 2.0
@@ -69,6 +68,13 @@ class Connection:
                 "(special characters of the password percent-encoded) or unix:///path/of/socket",
                 reason="bad_url",
             ) from None
+        options = client.get_connection_kwargs()
+        if options["decode_responses"] or options["socket_timeout"] <= 0 or options["socket_connect_timeout"] <= 0:
+            raise LedgerUnavailable(
+                "the Redis URL has an option that the ledger cannot work with: leave out decode_responses, and give "
+                "socket_timeout and socket_connect_timeout more than 0 seconds",
+                reason="bad_url",
+            )
         return cls(client)
 
     def ask(self, question: Callable[[Client], Answer]) -> Answer:
@@ -92,7 +98,6 @@ class Connection:
         known whether it was.
         """
         self.ask(Client.ping)  # of a server that is not there we know that it was told nothing
-        reach("append")
         sent: Exception | None = None
         with self._patient(size_bytes) as client:
             for _ in range(2):

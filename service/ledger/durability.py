@@ -1,13 +1,15 @@
 """Whether a Redis keeps what it has acknowledged: read from its own configuration, never assumed.
 
 An entry is durable when it is in the append-only file, and that is fsynced. Servers from 7.2 on tell so themselves
-(WAITAOF, asked after every append); of older ones `appendfsync always` is verified, after every append as well.
+(WAITAOF, asked behind every write); of older ones `appendfsync always` is verified, behind every write as well.
+
+Flow: client -> Durability.of -> `ask` in the pipeline of a write -> its answers -> `doubt`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +20,17 @@ from service.ledger.errors import LedgerUnavailable
 
 Demand = Literal["strict", "warn"]
 OLDEST = (6, 2)
-WAITAOF = (7, 2)
+
+# KEYS: a stream. A write that changes nothing: WAITAOF waits only for what its own connection wrote, and what is
+# written last stands for all before it, whoever wrote that. Allowed where Redis is out of memory: what is there can
+# still be read and be asked for again.
+TOUCH = """#!lua flags=allow-oom
+if redis.call('EXISTS', KEYS[1]) == 0 then return false end
+local info = redis.call('XINFO', 'STREAM', KEYS[1])
+for i = 1, #info, 2 do
+  if info[i] == 'last-generated-id' then return redis.call('XSETID', KEYS[1], info[i + 1]) end
+end
+"""
 
 
 @dataclass(frozen=True)
@@ -52,48 +64,70 @@ class Durability:
                 f"this is {server}; the ledger needs Redis {'.'.join(map(str, OLDEST))} or newer, or Valkey",
                 reason="too_old",
             )
-        appendonly = config.get("appendonly") or {1: "yes", 0: "no"}.get(info.get("aof_enabled"))
-        appendfsync = config.get("appendfsync")
+        appendonly, appendfsync = _appendonly(config, info), config.get("appendfsync")
         policy = config.get("maxmemory-policy") or info.get("maxmemory_policy")
-        waits = numbers >= WAITAOF and appendonly == "yes" and appendfsync != "no" and _answers_waitaof(client)
-        weaknesses = tuple(_weaknesses(appendonly, appendfsync, policy, config, waits))
+        waits = appendonly == "yes" and appendfsync != "no" and _answers_waitaof(client)
+        weaknesses = tuple(filter(None, (_of_its_file(config, info, waits), _of_its_memory(policy))))
         return cls(server, appendonly, appendfsync, policy, waits, weaknesses)
 
+    def ask(self, pipeline: redis.client.Pipeline, key: str, patience_s: float) -> None:
+        """Ask behind a write, over its connection, whether all that was written is durable. key: of the stream.
 
-def always_fsynced(config: Mapping[str, str]) -> bool:
-    """Whether a configuration has every write fsynced before it is acknowledged."""
-    return (config.get("appendonly"), config.get("appendfsync")) == ("yes", "always") and not _pauses(config)
+        Nothing of a server that has weaknesses and cannot tell.
+        """
+        if self.waits:
+            pipeline.eval(TOUCH, 1, key)
+            pipeline.execute_command("WAITAOF", 1, 0, int(1000 * patience_s))
+        elif not self.weaknesses:
+            pipeline.config_get("*append*")
+            pipeline.info("persistence")
+
+    def doubt(self, answers: Sequence[Any]) -> str | None:
+        """Why that may not be durable, by the answers to `ask`; None when it is, as far as was asked."""
+        for answer in answers:
+            if isinstance(answer, Exception):
+                return f"it does not say whether it is: {answer}"
+        if self.waits:
+            _, (fsynced, _) = answers
+            return None if fsynced else "its disk did not confirm it in time"
+        return _of_its_file(*answers, waits=False) if answers else None
 
 
-def _weaknesses(
-    appendonly: str | None, appendfsync: str | None, policy: str | None, config: Mapping[str, str], waits: bool
-) -> list[str]:
-    found = []
+def _appendonly(config: Mapping[str, str], info: Mapping[str, Any]) -> str | None:
+    return config.get("appendonly") or {1: "yes", 0: "no"}.get(info.get("aof_enabled"))
+
+
+def _of_its_file(config: Mapping[str, str], info: Mapping[str, Any], waits: bool) -> str | None:
+    """How the append-only file may lose what was acknowledged: the first way that there is."""
+    appendonly, appendfsync = _appendonly(config, info), config.get("appendfsync")
     if appendonly is None:
-        found.append("its appendonly cannot be read; permit CONFIG GET or INFO to this user")
-    elif appendonly != "yes":
-        found.append("its appendonly is no: a restart of Redis loses edits; set appendonly yes")
+        return "its appendonly cannot be read; permit CONFIG GET or INFO to this user"
+    if appendonly != "yes":
+        return "its appendonly is no: a restart of Redis loses edits; set appendonly yes"
+    if waits:
+        return None
+    if appendfsync is None:
+        return "its appendfsync cannot be read, and WAITAOF not be asked; permit one of both to this user"
+    if appendfsync != "always":
+        says = f"its appendfsync is {appendfsync}: a crash of its machine loses the last edits; set appendfsync always"
+        return says if appendfsync == "no" else f"{says}, or permit WAITAOF (Redis 7.2 or newer) to this user"
+    if config.get("no-appendfsync-on-rewrite") == "yes":
+        return "its no-appendfsync-on-rewrite is yes: while the file is rewritten, a crash loses edits; set it to no"
+    if "aof_base_size" not in info:
+        return "whether its append-only file is complete cannot be read; permit INFO to this user"
+    if not info["aof_base_size"] and (info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"]):
+        # After `CONFIG SET appendonly yes`, no file that a restart would read has anything until the first is complete.
+        return "its append-only file is being written for the first time: until then a crash loses edits; wait for it"
+    return None
+
+
+def _of_its_memory(policy: str | None) -> str | None:
+    """Whether it may evict the ledger. Its keys never expire, so the policies `volatile-…` spare them."""
     if policy is None:
-        found.append("its maxmemory-policy cannot be read; permit CONFIG GET or INFO to this user")
-    elif policy.startswith("allkeys"):
-        found.append(f"its maxmemory-policy is {policy}: it may evict the ledger; set maxmemory-policy noeviction")
-    if appendonly == "yes" and not waits:
-        if appendfsync is None:
-            found.append("its appendfsync cannot be read, and WAITAOF not be asked; permit one of both to this user")
-        elif appendfsync != "always":
-            found.append(
-                f"its appendfsync is {appendfsync}: a crash of its machine loses the last edits; set appendfsync always"
-                + ("" if appendfsync == "no" else ", or take Redis 7.2 or newer, which confirms each fsync")
-            )
-        elif _pauses(config):
-            found.append(
-                "its no-appendfsync-on-rewrite is yes: while the file is rewritten, a crash loses edits; set it to no"
-            )
-    return found
-
-
-def _pauses(config: Mapping[str, str]) -> bool:
-    return config.get("no-appendfsync-on-rewrite", "no") == "yes"
+        return "its maxmemory-policy cannot be read; permit CONFIG GET or INFO to this user"
+    if policy.startswith("allkeys"):
+        return f"its maxmemory-policy is {policy}: it may evict the ledger; set maxmemory-policy noeviction"
+    return None
 
 
 def _version(info: Mapping[str, Any]) -> tuple[str, str]:
@@ -102,7 +136,7 @@ def _version(info: Mapping[str, Any]) -> tuple[str, str]:
     return "Redis", str(info.get("redis_version", "of unknown version"))
 
 
-def _permitted(question: Any) -> dict[str, Any]:
+def _permitted(question: Callable[[], Any]) -> dict[str, Any]:
     """The answer, or nothing where this user may not ask."""
     try:
         return dict(question())

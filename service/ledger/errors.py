@@ -8,6 +8,7 @@
     ├── LedgerCorrupt               what is stored is not what was written (names the sequence)
     │   └── FactorsMissing          an entry is there, its factors are not
     ├── EntryInvalid                an entry that would not read back as it is; nothing was stored
+    ├── LedgerFileError             a file is no export of a ledger, is damaged, or belongs to another ledger
     └── EmbeddedRedisError          the server of our own could not be started
 
 Errors carry facts as attributes and a stable `code`; they know nothing of HTTP.
@@ -82,6 +83,10 @@ class FactorsMissing(LedgerCorrupt):
 
 class EntryInvalid(LedgerError):
     code = "entry_invalid"
+
+
+class LedgerFileError(LedgerError):
+    code = "ledger_file_error"
 
 
 class EmbeddedRedisError(LedgerError):

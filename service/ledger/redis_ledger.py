@@ -17,9 +17,10 @@ from typing import Any, Self
 
 import redis
 
+from service.failpoints import reach
 from service.ledger.chain import GENESIS, link
 from service.ledger.connection import Client, Connection
-from service.ledger.durability import Demand, Durability, always_fsynced
+from service.ledger.durability import TOUCH, Demand, Durability
 from service.ledger.errors import (
     EntryInvalid,
     FactorsMissing,
@@ -37,7 +38,7 @@ PAGE = 512
 FACTORS_PAGE = 64
 """Of up to 0.5 MB each."""
 WAIT_SHARE = 0.8
-"""Of the time that an answer may take: how long Redis is given to fsync."""
+"""Of the time that an answer may take: how long Redis is given to fsync, or to wait for news."""
 
 # `last`: the last generated id, which outlives its entry, and the link of the last entry that is there.
 _LAST = """
@@ -57,23 +58,24 @@ local function last(key)
 end
 """
 
-_READ_LAST = _LAST + "return last(KEYS[1])"
+# KEYS: entries, snapshot. Answers what is last, and whether there is a snapshot.
+_READ_LAST = _LAST + "local found = last(KEYS[1]); found[4] = redis.call('EXISTS', KEYS[2]); return found"
 
 # KEYS: entries, factors. ARGV: the id and the link before the first, then id, entry, link and factors of each.
 # Answers nothing when all are stored, else what is last. Entries that are already there count as stored, of which the
 # last link, which stands for all before it, is proof: a writer that lost the reply may ask again, even after others
-# have appended to it. Setting the last id to what it is changes nothing, but it is a write of this connection, without
-# which WAITAOF would not wait for what an earlier connection wrote.
+# have appended to it. Factors come first: Redis takes nothing back where a later command is refused, and factors
+# without an entry do no harm.
 _APPEND = (
     _LAST
     + """
 local actual = last(KEYS[1])
 if actual[1] == ARGV[1] and (actual[1] == '0-0' or actual[2] == ARGV[2]) then
   for i = 3, #ARGV, 4 do
-    redis.call('XADD', KEYS[1], ARGV[i], 'entry', ARGV[i + 1], 'chain', ARGV[i + 2])
     if ARGV[i + 3] ~= '' then
       redis.call('HSET', KEYS[2], string.match(ARGV[i], '^%d+'), ARGV[i + 3])
     end
+    redis.call('XADD', KEYS[1], ARGV[i], 'entry', ARGV[i + 1], 'chain', ARGV[i + 2])
   end
   return false
 end
@@ -81,29 +83,16 @@ local id, chain = ARGV[#ARGV - 3], ARGV[#ARGV - 1]
 local stored = redis.call('XRANGE', KEYS[1], id, id)[1]
 if stored then
   for i = 1, #stored[2], 2 do
-    if stored[2][i] == 'chain' and stored[2][i + 1] == chain then
-      redis.call('XSETID', KEYS[1], actual[1])
-      return false
-    end
+    if stored[2][i] == 'chain' and stored[2][i + 1] == chain then return false end
   end
 end
 return actual
 """
 )
 
-# A write that changes nothing, for WAITAOF to wait for. It is allowed where Redis is out of memory: a service that
-# starts then can still read what there is.
-_TOUCH = """#!lua flags=allow-oom
-if redis.call('EXISTS', KEYS[1]) == 0 then return false end
-local info = redis.call('XINFO', 'STREAM', KEYS[1])
-for i = 1, #info, 2 do
-  if info[i] == 'last-generated-id' then return redis.call('XSETID', KEYS[1], info[i + 1]) end
-end
-"""
-
 # KEYS: entries, factors, snapshot. ARGV: id and link of the last entry of the snapshot, the snapshot, then the factors
-# to drop. That entry stays in the stream, so that the stream still ends in a link. Answers nothing if the stream no
-# longer has that entry: then somebody else has compacted it further.
+# to drop. That entry stays in the stream, so that the stream still ends in a link. Answers how many factors were
+# dropped, or nothing if the stream no longer has that entry: then somebody else has compacted it further.
 _COMPACT = """
 local stored = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not stored then return false end
@@ -112,8 +101,9 @@ for i = 1, #stored[2], 2 do
 end
 redis.call('SET', KEYS[3], ARGV[3])
 redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
-for i = 4, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
-return 1
+local dropped = 0
+for i = 4, #ARGV do dropped = dropped + redis.call('HDEL', KEYS[2], ARGV[i]) end
+return dropped
 """
 
 
@@ -138,14 +128,14 @@ class RedisLedger:
 
     def inspect(self) -> Durability:
         """What Redis says of itself now. Raises LedgerNotDurable when more is demanded; LedgerUnavailable."""
-        self._durability = self._connection.ask(Durability.of)
-        if self._demand == "strict" and self._durability.weaknesses:
+        self._durability = durability = self._connection.ask(Durability.of)
+        if self._demand == "strict" and durability.weaknesses:
             raise LedgerNotDurable(
-                f"{self._durability.server} at {self._connection.address()} may lose edits, which strict durability "
-                f"(MEND_DURABILITY) does not accept: {'; '.join(self._durability.weaknesses)}",
-                weaknesses=list(self._durability.weaknesses),
+                f"{durability.server} at {self._connection.address()} may lose edits, which strict durability "
+                f"(MEND_DURABILITY) does not accept: {'; '.join(durability.weaknesses)}",
+                weaknesses=list(durability.weaknesses),
             )
-        return self._durability
+        return durability
 
     def confirm(self) -> None:
         """Come back when everything that the ledger holds is durable, whoever wrote it.
@@ -154,36 +144,38 @@ class RedisLedger:
         what is not durable.
         """
         if self._inspected().waits:
-            answers = self._connection.write(lambda pipe: (pipe.eval(_TOUCH, 1, self._key), self._await(pipe)))
-            self._check(answers[1])
+            _, doubt = self._write(TOUCH, [self._key])
+            self._raise(doubt)
 
     def _inspected(self) -> Durability:
-        return self._durability or self.inspect()
+        """What is demanded, as far as is known; asked anew where it was not what is."""
+        known = self._durability
+        if known is None or (self._demand == "strict" and known.weaknesses):
+            return self.inspect()
+        return known
 
-    def _await(self, pipeline: redis.client.Pipeline, size_bytes: int = 0) -> None:
-        """What is asked behind every append, over the same connection."""
+    def _write(self, script: str, keys: Sequence[str], arguments: Sequence[str | bytes] = ()) -> tuple[Any, str | None]:
+        """What a script answers, and why what it wrote may not be durable. Raises as `Connection.write` does."""
         durability = self._inspected()
-        if durability.waits:
-            patience_s = self._connection.patience_s(size_bytes)
-            pipeline.execute_command("WAITAOF", 1, 0, int(1000 * WAIT_SHARE * patience_s))
-        elif not durability.weaknesses:
-            pipeline.config_get("*append*")
+        reach("append")
+        size_bytes = sum(map(len, arguments))
+        patience_s = WAIT_SHARE * self._connection.patience_s(size_bytes)
 
-    def _check(self, *answer: Any) -> None:
-        """Raises OutcomeUnknown unless what was asked behind an append says that it is durable."""
-        for found in answer:
-            if isinstance(found, Exception):
-                problem = f"it does not say whether it is: {found}"
-            elif isinstance(found, dict):
-                problem = None if always_fsynced(_text(found)) else "its configuration was changed; see /readyz"
-            else:
-                problem = None if found[0] >= 1 else "its disk did not confirm it in time"
-            if problem:
-                self._durability = None
-                raise OutcomeUnknown(
-                    f"Redis at {self._connection.address()} has the entry, but it is not durable yet: {problem}",
-                    reason="not_durable",
-                )
+        def ask(pipeline: redis.client.Pipeline) -> None:
+            pipeline.eval(script, len(keys), *keys, *arguments)
+            durability.ask(pipeline, self._key, patience_s)
+
+        answer, *asked = self._connection.write(ask, size_bytes)
+        return answer, durability.doubt(asked)
+
+    def _raise(self, doubt: str | None) -> None:
+        """OutcomeUnknown where there is a doubt."""
+        if doubt is not None:
+            self._durability = None  # what was known of it is no longer so
+            raise OutcomeUnknown(
+                f"Redis at {self._connection.address()} has it, but it is not durable yet: {doubt}",
+                reason="not_durable",
+            )
 
     # Writing
 
@@ -203,44 +195,43 @@ class RedisLedger:
         Raises what `append` raises. factors: None of an edit whose factors were dropped.
         """
         first, _ = stored[0]
-        chain = self._link_at(first.sequence - 1) or ""  # then the ledger ends elsewhere, as the script will tell
-        arguments: list[str | bytes] = [f"{first.sequence - 1}-0", chain]
         for sequence, (entry, factors) in enumerate(stored, first.sequence):
-            problem = _mismatch(entry, factors)
+            problem = mismatch(entry, factors)
             if entry.sequence != sequence:
                 problem = f"does not follow on entry {sequence - 1}"
             if problem:
                 raise EntryInvalid(f"entry {entry.sequence} {problem}", sequence=entry.sequence)
-            raw = encode(entry)
-            chain = link(chain, raw)
-            arguments += [f"{entry.sequence}-0", raw, chain, factors or b""]
-        self._store(arguments)
-        self._known = (stored[-1][0].sequence, chain)
+        self.append_raw(first.sequence, [(encode(entry), factors) for entry, factors in stored])
 
-    def _store(self, arguments: list[str | bytes]) -> None:
-        self._inspected()
-        if self._demand == "strict" and self._durability.weaknesses:
-            self.inspect()
-        size_bytes = sum(map(len, arguments))
-        actual, *asked = self._connection.write(
-            lambda pipe: (pipe.eval(_APPEND, 2, *self._keys[:2], *arguments), self._await(pipe, size_bytes)), size_bytes
-        )
+    def append_raw(self, first: int, stored: Sequence[tuple[bytes, bytes | None]]) -> None:
+        """The same with entries as they were stored before, byte for byte; the caller has checked them.
+
+        first: the sequence of the first one. Raises what `append` raises, but EntryInvalid.
+        """
+        chain = self._link_at(first - 1) or ""  # then the ledger ends elsewhere, as the script will tell
+        arguments: list[str | bytes] = [f"{first - 1}-0", chain]
+        for sequence, (raw, factors) in enumerate(stored, first):
+            chain = link(chain, raw)
+            arguments += [f"{sequence}-0", raw, chain, factors or b""]
+        actual, doubt = self._write(_APPEND, self._keys[:2], arguments)
         if actual is not None:
-            expected, found = _sequence_of(arguments[0].encode()), _sequence_of(actual[0])
+            expected, found = first - 1, _sequence_of(actual[0])
             if expected == found:
                 raise LedgerCorrupt(found, "is another one than this service has read")
-            raise LedgerConflict(expected=expected, actual=found)
-        self._check(*asked)
+            if found < sequence or self._link_at(sequence) != chain:  # else it was stored before, and compacted since
+                raise LedgerConflict(expected=expected, actual=found)
+        self._raise(doubt)
+        self._known = (sequence, chain)
 
     def compact(self) -> Compacted | None:
         """Fold all entries into a checked snapshot and drop the factors that nothing can need again.
 
-        None when there is nothing to do, or somebody else did it. Any reader, on any replica, goes on as before.
-        Raises LedgerUnavailable, LedgerCorrupt.
+        None when there is nothing to do, or somebody else did it. Any reader, on any replica, goes on as before; any
+        thread may do this. Raises LedgerUnavailable, LedgerCorrupt, LedgerNotDurable.
         """
-        entries = list(self.read_raw())
-        if not entries:
+        if self.stored_since_snapshot() < 2:  # the last entry stays in the stream
             return None
+        entries = list(self.read_raw())
         rolled_back = {entry.edit_id for entry, _, _ in entries if isinstance(entry, RolledBack)}
         dropped = [
             str(entry.sequence)
@@ -250,33 +241,37 @@ class RedisLedger:
         snapshot = Snapshot.of([(raw, chain) for _, raw, chain in entries])
         packed = snapshot.pack()
         last = f"{snapshot.sequence}-0"
-        answers = self._connection.write(
-            lambda pipe: (
-                pipe.eval(_COMPACT, 3, *self._keys, last, snapshot.chain, packed, *dropped),
-                self._await(pipe, len(packed)),
-            ),
-            len(packed),
-        )
-        if not answers[0]:
+        reach("compact")
+        count, doubt = self._write(_COMPACT, self._keys, [last, snapshot.chain, packed, *dropped])
+        if count is None:
             return None
-        self._check(*answers[1:])
-        return Compacted(snapshot.sequence, len(dropped), len(packed))
+        reach("compacted")
+        self._raise(doubt)
+        return Compacted(snapshot.sequence, count, len(packed))
 
     # Reading
 
     def head(self) -> int:
         """Sequence of the last entry, 0 when there is none. Raises LedgerUnavailable, LedgerCorrupt."""
-        return self._last()[0]
+        return self.last()[0]
 
-    def _last(self) -> tuple[int, str]:
-        generated, chain, present = self._connection.ask(lambda client: client.eval(_READ_LAST, 1, self._key))
+    def last(self) -> tuple[int, str]:
+        """Sequence and link of the last entry. Raises LedgerUnavailable, LedgerCorrupt."""
+        generated, last, present, compacted = self._connection.ask(
+            lambda client: client.eval(_READ_LAST, 2, self._key, self._keys[2])
+        )
         sequence = _sequence_of(generated)
         if present != generated:
             raise LedgerCorrupt(sequence, f"is missing: the last one that is there is {present.decode()}")
-        known, own = self._known
-        if sequence == known != 0 and chain.decode() != own:
+        if sequence == 0:
+            if compacted:
+                kept = self._snapshot().sequence
+                raise LedgerCorrupt(kept + 1, f"may be lost: there is a snapshot up to entry {kept}, but no stream")
+            return 0, GENESIS
+        chain, (known, own) = last.decode(errors="replace"), self._known
+        if sequence == known and chain != own:
             raise LedgerCorrupt(sequence, "is another one than this service has read")
-        return sequence, chain.decode()
+        return sequence, chain
 
     def read(self, after: int = 0) -> Iterator[Entry]:
         """Every entry beyond sequence `after`, in order and verified, until there are no more.
@@ -285,7 +280,8 @@ class RedisLedger:
         Raises LedgerCorrupt at a gap, an entry that cannot be read or breaks the chain, or a ledger that ends before
         `after` and so has lost entries. Raises LedgerUnavailable.
         """
-        for entry, _, _ in self.read_raw(after):
+        for entry, _, chain in self.read_raw(after):
+            self._known = (entry.sequence, chain)
             yield entry
 
     def read_raw(self, after: int = 0) -> Iterator[tuple[Entry, bytes, str]]:
@@ -297,19 +293,21 @@ class RedisLedger:
             chain = chain or self._link_at(after)
             if chain is None:
                 raise LedgerCorrupt(after, "is missing")
-            page = self._page(after)
+            page = self.page(after)
             if not page:
                 raise LedgerCorrupt(after + 1, f"is missing, but the ledger goes on to {head}")
             for stored_id, fields in page:
                 after += 1
                 entry, raw, chain = _verified(after, stored_id, fields, chain)
-                self._known = (after, chain)
                 yield entry, raw, chain
 
-    def _page(self, after: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """The next entries behind `after`, unverified."""
+    def page(self, after: int, *, snapshot: bool = True) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """The next entries behind `after`, unverified; none that are in the snapshot alone unless it is to be read.
+
+        Raises LedgerUnavailable, and LedgerCorrupt when the snapshot cannot be read.
+        """
         page = self._connection.ask(lambda client: client.xrange(self._key, min=f"({after}-0", count=PAGE))
-        if not page or page[0][0] != f"{after + 1}-0".encode():
+        if snapshot and (not page or page[0][0] != f"{after + 1}-0".encode()):
             page = self._snapshot().after(after) or page
         return page
 
@@ -324,7 +322,7 @@ class RedisLedger:
         known, chain = self._known
         if sequence == known:
             return chain
-        for stored_id, fields in self._page(sequence - 1)[:1]:
+        for stored_id, fields in self.page(sequence - 1)[:1]:
             if stored_id == f"{sequence}-0".encode():
                 return fields.get(b"chain", b"").decode(errors="replace")
         return None
@@ -336,22 +334,33 @@ class RedisLedger:
         LedgerUnavailable. The checks run as the iterator is consumed.
         """
         waiting = list(entries)
-        for start in range(0, len(waiting), FACTORS_PAGE):
-            page = waiting[start : start + FACTORS_PAGE]
-            names = [str(entry.sequence) for entry in page]
-            found = self._connection.ask(lambda client, names=names: client.hmget(self._keys[1], names))
-            for entry, factors in zip(page, found, strict=True):
-                yield _own(entry, factors)
+        stored = self.raw_factors([entry.sequence for entry in waiting])
+        for entry, factors in zip(waiting, stored, strict=True):
+            yield _own(entry, factors)
+
+    def raw_factors(self, sequences: Sequence[int]) -> Iterator[bytes | None]:
+        """What is stored as the factors of these entries, unverified. Raises LedgerUnavailable."""
+        for start in range(0, len(sequences), FACTORS_PAGE):
+            names = [str(sequence) for sequence in sequences[start : start + FACTORS_PAGE]]
+            yield from self._connection.ask(lambda client, names=names: client.hmget(self._keys[1], names))
 
     def wait(self, after: int, within_s: float) -> None:
-        """Come back when there is an entry beyond `after`, or after so many seconds. Raises LedgerUnavailable."""
+        """Come back when there is an entry beyond `after`, or after so many seconds at most.
+
+        Raises LedgerUnavailable.
+        """
+        block_s = min(within_s, WAIT_SHARE * self._connection.patience_s())
         self._connection.ask(
-            lambda client: client.xread({self._key: f"{after}-0"}, count=1, block=max(1, int(1000 * within_s)))
+            lambda client: client.xread({self._key: f"{after}-0"}, count=1, block=max(1, int(1000 * block_s)))
         )
 
     def stored_since_snapshot(self) -> int:
         """How many entries are in the stream itself. Raises LedgerUnavailable."""
         return self._connection.ask(lambda client: client.xlen(self._key))
+
+    def size_bytes(self) -> int:
+        """What the ledger takes of the memory of Redis. Raises LedgerUnavailable."""
+        return sum(self._connection.ask(lambda client, key=key: client.memory_usage(key, 0)) or 0 for key in self._keys)
 
     def namespaces(self, prefix: str) -> list[str]:
         """Of ledgers in the same Redis that begin so. Of a very full Redis it looks at the first keys alone.
@@ -414,13 +423,13 @@ def _own(entry: Applied, factors: bytes | None) -> bytes:
         if entry.factors_digest != digest_of(b""):
             raise FactorsMissing(entry.sequence)
         factors = b""
-    problem = _mismatch(entry, factors)
+    problem = mismatch(entry, factors)
     if problem:
         raise LedgerCorrupt(entry.sequence, problem)
     return factors
 
 
-def _mismatch(entry: Entry, factors: bytes | None) -> str | None:
+def mismatch(entry: Entry, factors: bytes | None) -> str | None:
     """What is wrong between an entry and the factors beside it."""
     if isinstance(entry, Applied):
         actual = entry.factors_digest if factors is None else digest_of(factors)
@@ -429,11 +438,3 @@ def _mismatch(entry: Entry, factors: bytes | None) -> str | None:
     elif factors:
         return "is a roll-back, but has factors"
     return None
-
-
-def _text(config: dict[Any, Any]) -> dict[str, str]:
-    """redis-py gives text or bytes, depending on its version."""
-    return {
-        (name.decode() if isinstance(name, bytes) else name): (value.decode() if isinstance(value, bytes) else value)
-        for name, value in config.items()
-    }

@@ -66,12 +66,14 @@ class Snapshot:
         head, _, body = packed.partition(b"\n")
         try:
             header = json.loads(head)
-            if header["format"] != FORMAT or header["digest"] != digest_of(body):
+            if header["format"] != FORMAT:
+                raise ValueError(f"its format is {header['format']}, not {FORMAT}")
+            if header["digest"] != digest_of(body):
                 raise ValueError("its digest is another one")
             lines = zlib.decompress(body).splitlines()
             stored = tuple((raw, chain.decode()) for chain, _, raw in (line.partition(b" ") for line in lines))
             if len(stored) != header["sequence"]:
                 raise ValueError(f"it has {len(stored)} entries, not {header['sequence']}")
         except (ValueError, KeyError, TypeError, zlib.error) as error:
-            raise LedgerCorrupt(1, f"and those behind it are in a snapshot that was altered: {error}") from error
+            raise LedgerCorrupt(1, f"and those behind it are in a snapshot that cannot be read: {error}") from error
         return cls(stored)

@@ -31,8 +31,9 @@ AT_START = {
 OF_COMMANDS = {
     "data_file_error", "report_error", "training_error", "training_options_invalid", "resume_refused",
     "training_diverged", "archive_unreadable", "archive_unsafe", "archive_mismatch",
+    "ledger_file_error",
 }  # fmt: skip
-"""Of training, evaluation and checkpoints, which no client meets."""
+"""Of training, evaluation, checkpoints and ledgers as files, which no client meets."""
 INSIDE = {"factors_corrupt", "factors_not_held"}
 """Told to a client as `ledger_diverged`, since it is the ledger that holds them."""
 OF_HTTP = {
