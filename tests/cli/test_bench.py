@@ -67,3 +67,8 @@ def test_many_at_once(run):
     assert {"batch of 5", "batch: propose", "batch: judge", f"audit of {made} edits"} <= set(steps(said))
     assert f"of {made} hold" in about
     assert "kB of factors per edit" in said
+
+
+def test_the_replay_of_a_long_ledger(run):
+    said, _ = run("--editor", "keyed", "--replay", "100")
+    assert {"restart: replay of 100 entries", "restart: replay of 100 entries, compacted"} <= set(steps(said))
