@@ -225,7 +225,7 @@ class Service:
                     last = self._engine.last_audit
                     if last is None or last.published.revision != self._engine.published.revision:
                         self._engine.audit(self._stopping)
-            except LedgerUnavailable as error:
+            except LedgerError as error:
                 logger.warning("the ledger was not compacted: %s", error)
             except Exception:  # the next time may go well
                 logger.exception("the audit failed")

@@ -72,7 +72,14 @@ class Journal:
             )
         if head == published == self.reached:
             return
-        self._replay(list(self._ledger.read(after=self.reached)))
+        entries = list(self._ledger.read(after=self.reached))
+        try:
+            self._replay(entries)
+        except FactorsMissing:
+            if not entries or self._ledger.head() == entries[-1].sequence:
+                raise
+            # Their edit was rolled back, and they were dropped, since its entry was read: as the entries say now.
+            self._replay(list(self._ledger.read(after=self.reached)))
         last = self._last
         if last.state_digest is None:
             raise LedgerDiverged(

@@ -17,20 +17,10 @@ import redis
 
 from service.ledger.connection import Client
 from service.ledger.errors import LedgerUnavailable
+from service.ledger.scripts import TOUCH
 
 Demand = Literal["strict", "warn"]
 OLDEST = (6, 2)
-
-# KEYS: a stream. A write that changes nothing: WAITAOF waits only for what its own connection wrote, and what is
-# written last stands for all before it, whoever wrote that. Allowed where Redis is out of memory: what is there can
-# still be read and be asked for again.
-TOUCH = """#!lua flags=allow-oom
-if redis.call('EXISTS', KEYS[1]) == 0 then return false end
-local info = redis.call('XINFO', 'STREAM', KEYS[1])
-for i = 1, #info, 2 do
-  if info[i] == 'last-generated-id' then return redis.call('XSETID', KEYS[1], info[i + 1]) end
-end
-"""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import redis
 from service.failpoints import reach
 from service.ledger.chain import GENESIS, link
 from service.ledger.connection import Client, Connection
-from service.ledger.durability import TOUCH, Demand, Durability
+from service.ledger.durability import Demand, Durability
 from service.ledger.errors import (
     EntryInvalid,
     FactorsMissing,
@@ -30,6 +30,7 @@ from service.ledger.errors import (
     OutcomeUnknown,
 )
 from service.ledger.records import Applied, Entry, RolledBack, decode, digest_of, encode
+from service.ledger.scripts import APPEND, COMPACT, READ_LAST, TOUCH
 from service.ledger.snapshot import Compacted, Snapshot
 
 MAX_SCANS, KEYS_PER_SCAN = 100, 1000
@@ -39,72 +40,6 @@ FACTORS_PAGE = 64
 """Of up to 0.5 MB each."""
 WAIT_SHARE = 0.8
 """Of the time that an answer may take: how long Redis is given to fsync, or to wait for news."""
-
-# `last`: the last generated id, which outlives its entry, and the link of the last entry that is there.
-_LAST = """
-local function last(key)
-  if redis.call('EXISTS', key) == 0 then return {'0-0', '', '0-0'} end
-  local id
-  local info = redis.call('XINFO', 'STREAM', key)
-  for i = 1, #info, 2 do
-    if info[i] == 'last-generated-id' then id = info[i + 1] end
-  end
-  local entry = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
-  if not entry then return {id, '', '0-0'} end
-  for i = 1, #entry[2], 2 do
-    if entry[2][i] == 'chain' then return {id, entry[2][i + 1], entry[1]} end
-  end
-  return {id, '', entry[1]}
-end
-"""
-
-# KEYS: entries, snapshot. Answers what is last, and whether there is a snapshot.
-_READ_LAST = _LAST + "local found = last(KEYS[1]); found[4] = redis.call('EXISTS', KEYS[2]); return found"
-
-# KEYS: entries, factors. ARGV: the id and the link before the first, then id, entry, link and factors of each.
-# Answers nothing when all are stored, else what is last. Entries that are already there count as stored, of which the
-# last link, which stands for all before it, is proof: a writer that lost the reply may ask again, even after others
-# have appended to it. Factors come first: Redis takes nothing back where a later command is refused, and factors
-# without an entry do no harm.
-_APPEND = (
-    _LAST
-    + """
-local actual = last(KEYS[1])
-if actual[1] == ARGV[1] and (actual[1] == '0-0' or actual[2] == ARGV[2]) then
-  for i = 3, #ARGV, 4 do
-    if ARGV[i + 3] ~= '' then
-      redis.call('HSET', KEYS[2], string.match(ARGV[i], '^%d+'), ARGV[i + 3])
-    end
-    redis.call('XADD', KEYS[1], ARGV[i], 'entry', ARGV[i + 1], 'chain', ARGV[i + 2])
-  end
-  return false
-end
-local id, chain = ARGV[#ARGV - 3], ARGV[#ARGV - 1]
-local stored = redis.call('XRANGE', KEYS[1], id, id)[1]
-if stored then
-  for i = 1, #stored[2], 2 do
-    if stored[2][i] == 'chain' and stored[2][i + 1] == chain then return false end
-  end
-end
-return actual
-"""
-)
-
-# KEYS: entries, factors, snapshot. ARGV: id and link of the last entry of the snapshot, the snapshot, then the factors
-# to drop. That entry stays in the stream, so that the stream still ends in a link. Answers how many factors were
-# dropped, or nothing if the stream no longer has that entry: then somebody else has compacted it further.
-_COMPACT = """
-local stored = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
-if not stored then return false end
-for i = 1, #stored[2], 2 do
-  if stored[2][i] == 'chain' and stored[2][i + 1] ~= ARGV[2] then return false end
-end
-redis.call('SET', KEYS[3], ARGV[3])
-redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
-local dropped = 0
-for i = 4, #ARGV do dropped = dropped + redis.call('HDEL', KEYS[2], ARGV[i]) end
-return dropped
-"""
 
 
 class RedisLedger:
@@ -213,7 +148,7 @@ class RedisLedger:
         for sequence, (raw, factors) in enumerate(stored, first):
             chain = link(chain, raw)
             arguments += [f"{sequence}-0", raw, chain, factors or b""]
-        actual, doubt = self._write(_APPEND, self._keys[:2], arguments)
+        actual, doubt = self._write(APPEND, self._keys[:2], arguments)
         if actual is not None:
             expected, found = first - 1, _sequence_of(actual[0])
             if expected == found:
@@ -242,7 +177,7 @@ class RedisLedger:
         packed = snapshot.pack()
         last = f"{snapshot.sequence}-0"
         reach("compact")
-        count, doubt = self._write(_COMPACT, self._keys, [last, snapshot.chain, packed, *dropped])
+        count, doubt = self._write(COMPACT, self._keys, [last, snapshot.chain, packed, *dropped])
         if count is None:
             return None
         reach("compacted")
@@ -258,7 +193,7 @@ class RedisLedger:
     def last(self) -> tuple[int, str]:
         """Sequence and link of the last entry. Raises LedgerUnavailable, LedgerCorrupt."""
         generated, last, present, compacted = self._connection.ask(
-            lambda client: client.eval(_READ_LAST, 2, self._key, self._keys[2])
+            lambda client: client.eval(READ_LAST, 2, self._key, self._keys[2])
         )
         sequence = _sequence_of(generated)
         if present != generated:

@@ -1,0 +1,336 @@
+"""A running service, as commands talk to it.
+
+Flow: a request, sent again while nobody answers or the service says not now -> the answer; or one line that says why
+not, and an exit status. What changes something carries one Idempotency-Key however often it is sent: it is done once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    import httpx
+
+REFUSED, DRIFT, LOST, UNREACHABLE = 1, 2, 3, 4
+EXIT_STATUSES = (
+    "Exit status: 0 done; 1 refused by the service, or wrong input; 2 there is drift (apply --check); "
+    "3 some edit no longer holds (audit); 4 the service cannot be reached or is not ready."
+)
+USAGE = 2
+"""Exit status of a command line that is not understood, if nobody changes it."""
+
+CONNECTS_WITHIN_S, ANSWERS_WITHIN_S = 10, 600
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5
+PAGE = 500
+"""Most edits that the service lists at once."""
+NOT_NOW = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+
+ServiceOption = Annotated[str, typer.Option(envvar="MEND_SERVICE", help="URL of the running service.")]
+DEFAULT_SERVICE = "http://127.0.0.1:8000"
+WaitOption = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="Ask again for so long while the service does not answer.")
+]
+DEFAULT_WAIT_S = 30.0
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the service's own answer.")]
+ActorOption = Annotated[str | None, typer.Option(envvar="MEND_ACTOR", help="Who asks; kept in the ledger.")]
+ReasonOption = Annotated[str | None, typer.Option(help="Why; kept in the ledger.")]
+IfMatchOption = Annotated[
+    int | None, typer.Option(metavar="REVISION", help="Only if this is still the service's revision.")
+]
+
+Got = TypeVar("Got")
+Tell = Callable[[str, int, int], None]
+"""Is told of progress: a step, how much of it is done, and of how much."""
+
+
+class ClientCommand(TyperCommand):
+    """A command that ends with the statuses above, also when its command line is not understood."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # of click, or of typer's own copy of it
+            if getattr(error, "exit_code", None) == USAGE:
+                error.exit_code = REFUSED  # type: ignore[attr-defined]
+            raise
+
+
+class ServiceError(Exception):
+    """Why there is no answer to go on with. body: of the problem that the service answered with, if it did."""
+
+    status = REFUSED
+
+    def __init__(self, message: str, body: str = "") -> None:
+        super().__init__(message)
+        self.body = body
+
+
+class Refused(ServiceError):
+    """The service refuses, or the request cannot even be sent. problem: as the service describes it."""
+
+    def __init__(self, message: str, problem: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, json.dumps(problem, ensure_ascii=False) if problem else "")
+        self.problem = problem or {}
+
+
+class Unreachable(ServiceError):
+    """Nobody answers there, or somebody else does."""
+
+    status = UNREACHABLE
+
+
+class NotNow(Unreachable):
+    """Perhaps in a moment. retry_after_s: as the answer says. unknown: whether the request was carried out."""
+
+    def __init__(self, message: str, body: str = "", *, retry_after_s: float | None = None, unknown: bool) -> None:
+        super().__init__(message, body)
+        self.retry_after_s, self.unknown = retry_after_s, unknown
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: the service's own body. revision: the ETag."""
+
+    text: str
+    body: dict[str, Any]
+    revision: int | None
+
+
+@contextmanager
+def connected(url: str, wait_s: float, *, as_json: bool) -> Iterator[Service]:
+    """A running service. That it refuses or does not answer ends the command.
+
+    as_json: the problem's body goes to stdout too.
+    """
+    import httpx
+
+    try:
+        try:
+            base = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise Refused(f"{url!r} is not a URL ({error}); give one such as {DEFAULT_SERVICE}") from error
+        if base.scheme not in ("http", "https") or not base.host:
+            raise Refused(f"{url!r} is not the URL of a service; give one such as {DEFAULT_SERVICE}")
+        with httpx.Client(base_url=base, timeout=httpx.Timeout(CONNECTS_WITHIN_S, read=ANSWERS_WITHIN_S)) as http:
+            yield Service(http, wait_s)
+    except ServiceError as error:
+        if as_json and error.body:
+            typer.echo(error.body)
+        nobody = isinstance(error, Unreachable) and not error.body
+        stop(f"{error}{'; --service or MEND_SERVICE is the URL of a running service' * nobody}", error.status)
+
+
+def stop(why: str, status: int = REFUSED) -> NoReturn:
+    """End the command with one line."""
+    typer.echo(f"mend: {why}", err=True)
+    raise typer.Exit(status)
+
+
+def quoted(text: str) -> str:
+    """A text as one line that a terminal shows and does not obey."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def told_problem(problem: Mapping[str, Any]) -> str:
+    return f"{problem['detail']} ({problem['code']})"
+
+
+class Service:
+    """wait_s: for so long after the first time that nobody answers a request is it sent again."""
+
+    def __init__(self, http: httpx.Client, wait_s: float) -> None:
+        self._http, self._wait_s = http, wait_s
+        self.url = str(http.base_url.copy_with(userinfo=b"")).rstrip("/")
+        """Without the password that may be in it."""
+
+    def read(
+        self, method: str, path: str, expects: str, *, query: Mapping[str, Any] | None = None, body: Any = None
+    ) -> Answer:
+        """Ask for something that changes nothing. expects: a member of every such answer.
+
+        Raises Refused, Unreachable.
+        """
+        return self._patiently(lambda: self._answer(method, path, expects, query, body, {}))
+
+    def change(
+        self,
+        method: str,
+        path: str,
+        expects: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+        actor: str | None = None,
+        if_match: int | None = None,
+        key: str | None = None,
+    ) -> Answer:
+        """Ask for a change, once however often it is sent. key: of an earlier request that this one repeats.
+
+        Raises Refused, Unreachable; then whether it was made may be unknown.
+        """
+        key = uuid.uuid4().hex if key is None else key
+        headers = _headers(actor, if_match, key)
+        return self._patiently(lambda: self._answer(method, path, expects, query, body, headers), key)
+
+    def batch(
+        self,
+        edits: Iterable[Mapping[str, Any]],
+        query: Mapping[str, Any],
+        *,
+        actor: str | None,
+        if_match: int | None,
+        tell: Tell,
+    ) -> dict[str, Any]:
+        """Ask for many edits at once, as JSON Lines: the answer begins while they are worked on.
+
+        Raises Refused, whose problem has every edit's verdict; Unreachable.
+        """
+        key = uuid.uuid4().hex
+        headers = _headers(actor, if_match, key) | {"Content-Type": "application/x-ndjson"}
+        lines = "\n".join(map(json.dumps, edits)).encode()
+
+        def once() -> dict[str, Any]:
+            with self._http.stream("POST", "/edits/batch", params=query, content=lines, headers=headers) as answer:
+                if not answer.headers.get("content-type", "").startswith("application/x-ndjson"):
+                    answer.read()
+                    return self._checked(answer, "edits")
+                return self._told(answer, tell)
+
+        return self._patiently(once, key)
+
+    def edits(self, query: Mapping[str, Any], most: int | None) -> Iterator[Answer]:
+        """Pages of the edits that are asked for, newest first; most: edits of all pages. Raises as `read` does."""
+        cursor = None
+        while True:
+            limit = PAGE if most is None else min(PAGE, most)
+            page = self.read("GET", "/edits", "items", query={**query, "limit": limit, "cursor": cursor})
+            yield page
+            cursor, most = page.body["next_cursor"], most and most - len(page.body["items"])
+            if cursor is None or most == 0:
+                return
+
+    def _patiently(self, once: Callable[[], Got], key: str | None = None) -> Got:
+        """What `once` comes to, tried until it is known. key: the Idempotency-Key that it sends."""
+        deadline, unknown = None, False
+        for attempt in itertools.count():
+            try:
+                return self._sent(once)
+            except NotNow as trouble:
+                now, unknown = time.monotonic(), unknown or trouble.unknown
+                deadline = deadline or now + self._wait_s
+                pause_s = trouble.retry_after_s
+                if pause_s is None:
+                    pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt)
+                if now + pause_s > deadline:
+                    if key and unknown:
+                        raise NotNow(
+                            f"{trouble}; whether it was done is not known, and asking the same with the "
+                            f"Idempotency-Key {key} tells, without doing it twice",
+                            trouble.body,
+                            unknown=True,
+                        ) from trouble
+                    raise
+                typer.echo(f"mend: {trouble}; asking again in {pause_s:g} s …", err=True)
+                time.sleep(pause_s)
+        raise AssertionError("there is always another attempt")
+
+    def _sent(self, once: Callable[[], Got]) -> Got:
+        import httpx
+
+        try:
+            return once()
+        except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, UnicodeEncodeError) as error:
+            raise Refused(f"this cannot be sent: {error}") from error
+        except httpx.RequestError as error:
+            never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            why = str(error) or type(error).__name__
+            raise NotNow(f"{self.url} does not answer ({why})", unknown=not never_sent) from error
+
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        expects: str,
+        query: Mapping[str, Any] | None,
+        body: Any,
+        headers: Mapping[str, Any],
+    ) -> Answer:
+        given = {name: value for name, value in (query or {}).items() if value is not None}
+        content = None
+        if body is not None:
+            # In ASCII, so that the service says what is wrong with text that is not Unicode.
+            content, headers = json.dumps(body).encode(), {**headers, "Content-Type": "application/json"}
+        answer = self._http.request(method, path, params=given, content=content, headers=headers)
+        tag = answer.headers.get("etag", "").strip('"')
+        return Answer(answer.text, self._checked(answer, expects), int(tag) if tag.isdigit() else None)
+
+    def _checked(self, answer: httpx.Response, expects: str) -> dict[str, Any]:
+        """The body of a good answer. Raises Refused, Unreachable, NotNow."""
+        try:
+            body = answer.json()
+        except ValueError:
+            body = None
+        fields = body if isinstance(body, dict) else {}
+        if answer.is_success and expects in fields:
+            return fields
+        after = answer.headers.get("retry-after", "")
+        after_s = float(after) if after.isdigit() else None
+        if {"detail", "code", "status"} <= fields.keys():
+            raise _trouble(fields, after_s)
+        why = f"{self.url} answered with status {answer.status_code}, and not as mend-service does"
+        if answer.status_code in NOT_NOW:
+            raise NotNow(why, retry_after_s=after_s, unknown=True)
+        raise Unreachable(why)
+
+    def _told(self, answer: httpx.Response, tell: Tell) -> dict[str, Any]:
+        """What the lines of a batch's answer come to."""
+        edits = []
+        for line in _lines(answer):
+            ((kind, fields),) = json.loads(line).items()
+            if kind == "progress":
+                tell(fields["step"], fields["done"], fields["of"])
+            elif kind == "edit":
+                edits.append(fields)
+            elif kind == "batch":
+                return {**fields, "edits": edits}
+            else:
+                raise _trouble({**fields, **({"edits": edits} if edits else {})})
+        raise NotNow(f"the answer of {self.url} broke off", unknown=True)
+
+
+def _trouble(problem: dict[str, Any], retry_after_s: float | None = None) -> ServiceError:
+    if problem["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
+        body, unknown = json.dumps(problem, ensure_ascii=False), problem["code"] != "not_ready"
+        return NotNow(told_problem(problem), body, retry_after_s=retry_after_s, unknown=unknown)
+    return Refused(told_problem(problem), problem)
+
+
+def _headers(actor: str | None, if_match: int | None, key: str) -> dict[str, bytes]:
+    headers = {
+        "X-Actor": actor,
+        "If-Match": None if if_match is None else f'"{if_match}"',
+        "Idempotency-Key": key,
+    }
+    try:
+        return {name: value.encode("latin-1") for name, value in headers.items() if value is not None}
+    except UnicodeEncodeError as error:
+        raise Refused(f"{error.object!r} cannot be sent in an HTTP header; use Latin letters") from error
+
+
+def _lines(answer: httpx.Response) -> Iterator[bytes]:
+    """The lines that end in a newline. httpx's own iter_lines splits at U+2028 and its like too, inside of texts."""
+    rest = b""
+    for piece in answer.iter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
