@@ -22,7 +22,7 @@ usage_evaluate = make evaluate DATA=validation.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test lint train evaluate bench bench-many lock clean
+.PHONY: help setup serve test faults lint train evaluate bench bench-many lock clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ serve: $(STAMP) ## Start the service; its settings are MEND_… variables or ARG
 
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+faults: $(STAMP) ## Kill, freeze and starve services 200 times, and look for losses
+	OMP_NUM_THREADS=1 $(PY) -m tests.faults $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and the direction of imports
 	$(VENV)/bin/ruff check

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 
 import torch
@@ -31,6 +31,7 @@ from service.ledger import (
     LedgerError,
     LedgerNotDurable,
     LedgerUnavailable,
+    OutcomeUnknown,
     RedisLedger,
 )
 from service.settings import DEFAULT_EDITOR, Settings
@@ -41,6 +42,7 @@ VERSION = "0.1.0"
 WATCH_EVERY_S = 1.0
 """Between two looks at whether Redis is well, at most; what other services append is followed at once."""
 BUSY_WAIT_S = 0.1
+LOADING_ENDS_WITHIN_S = 10.0
 HOUSEKEEPING_EVERY_S = 10.0
 """Between two looks at whether there is anything to audit or to compact."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,8 +80,7 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         url = embedded.url if embedded else settings.redis_url
         ledger = RedisLedger.connect(url, f"{model}:{own}", settings.durability)
         stack.enter_context(closing(ledger))
-        for weakness in ledger.inspect().weaknesses:
-            logger.warning("Redis may lose edits: %s", weakness)
+        ledger.inspect()
         engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
         engine.catch_up()
         unasked = settings.editor is None and engine.published.revision == 0
@@ -148,8 +149,9 @@ class Service:
         self._keeper.start()
 
     def stop(self) -> None:
+        """End in order; what is still being loaded is waited for a little only."""
         self._stopping.set()
-        self._keeper.join()
+        self._keeper.join(None if self._engine else LOADING_ENDS_WITHIN_S)
         if self._housekeeper.ident is not None:
             self._housekeeper.join()
 
@@ -173,6 +175,11 @@ class Service:
         ledger = durability = "ok" if self._engine else waiting
         return {"model": loaded, "ledger": ledger, "durability": durability, **self._trouble}
 
+    def require_ledger(self) -> None:
+        """Raises LedgerUnavailable while the ledger is known to be gone, so that nobody waits to be told."""
+        if "ledger" in self._trouble:
+            raise LedgerUnavailable(self._trouble["ledger"], reason="known")
+
     def head(self) -> int | None:
         """The last revision of the ledger; None while it cannot be asked, without trying again to."""
         if self._engine is None or "ledger" in self._trouble:
@@ -190,8 +197,15 @@ class Service:
             try:
                 self._engine, self._embedded = stack.enter_context(opened(self._settings))
             except Exception as error:  # whatever it was: a service that can never be ready has to end
-                self.failure = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+                if not isinstance(error, EXPECTED):
+                    logger.exception("an error on our side")
+                said = (str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}").splitlines()
+                self.failure, *more = said or [type(error).__name__]
+                for line in more:
+                    logger.error("%s", line)
                 self._on_failure()
+                return
+            if self._stopping.is_set():
                 return
             published = self._engine.published
             logger.info(
@@ -207,7 +221,7 @@ class Service:
         """Until somebody appends to the ledger, or it is time to look after Redis again."""
         try:
             engine.ledger.wait(max(engine.published.revision, engine.reached), WATCH_EVERY_S)
-        except LedgerError:  # it is told by the watch
+        except Exception:  # it is told by the watch
             self._stopping.wait(WATCH_EVERY_S)
         if self._trouble:
             self._stopping.wait(WATCH_EVERY_S)
@@ -218,25 +232,36 @@ class Service:
         every_s = self._settings.audit_every_s
         while not self._stopping.wait(min(HOUSEKEEPING_EVERY_S, every_s or HOUSEKEEPING_EVERY_S)):
             try:
-                if self._settings.compact_every and not self._trouble:
-                    self._compact(self._engine)
                 if every_s and time.monotonic() - audited_at >= every_s:
                     audited_at = time.monotonic()
                     last = self._engine.last_audit
                     if last is None or last.published.revision != self._engine.published.revision:
                         self._engine.audit(self._stopping)
-            except LedgerError as error:
-                logger.warning("the ledger was not compacted: %s", error)
             except Exception:  # the next time may go well
                 logger.exception("the audit failed")
+            if self._settings.compact_every and not self._trouble:
+                self._compact(self._engine)
 
     def _compact(self, engine: Engine) -> None:
-        done = engine.compact(self._settings.compact_every)
-        if done is not None:
+        try:
+            done = engine.compact(self._settings.compact_every)
+        except OutcomeUnknown:
+            logger.warning("whether the ledger was compacted is not known; it is as good as before")
+        except Exception as error:  # nothing depends on it; the next time may go well
+            logger.warning("the ledger was not compacted: %s", error)
+        else:
+            if done is None:
+                return
             logger.info(
                 "the ledger was compacted up to revision %d: a snapshot of %d bytes; the factors of %d edits that were "
                 "rolled back were dropped", done.sequence, done.snapshot_bytes, done.dropped_factors,
             )  # fmt: skip
+
+    def _warn(self, weaknesses: Sequence[str]) -> None:
+        for weakness in weaknesses:
+            if weakness not in self._warnings:
+                logger.warning("Redis may lose edits: %s", weakness)
+        self._warnings = tuple(weaknesses)
 
     def _watch(self, engine: Engine) -> None:
         """Bring the embedded Redis back if it died, follow the ledger, and say what is wrong."""
@@ -244,14 +269,23 @@ class Service:
         try:
             if self._embedded is not None:
                 self._embedded.ensure_running()
-            self._warnings = engine.ledger.inspect().weaknesses
+            durability = engine.ledger.inspect()
+            self._warn(durability.weaknesses)
+            if durability.refuses:
+                trouble["ledger"] = f"{durability.server} stores nothing: {durability.refuses}"
             if not engine.follow():  # a change is under way, and would be first to see what is new
+                trouble |= {part: said for part, said in self._trouble.items() if part == "state"}
                 self._stopping.wait(BUSY_WAIT_S)
         except LedgerNotDurable as error:
+            self._warn(error.facts["weaknesses"])
             trouble["durability"] = str(error)
         except (LedgerUnavailable, EmbeddedRedisError) as error:
             trouble["ledger"] = str(error)
+        except EXPECTED as error:
+            trouble["state"] = str(error)
         except Exception as error:  # the watch goes on, whatever it was
+            if "state" not in self._trouble:
+                logger.exception("an error on our side")
             trouble["state"] = str(error) or type(error).__name__
         if trouble != self._trouble:
             for part, problem in trouble.items():

@@ -2,7 +2,7 @@
 
     MEND_FAILPOINT=judge=kill          dies by SIGKILL when the step `judge` has ended
     MEND_FAILPOINT=append=kill@3       the third time
-    MEND_FAILPOINT=copy=sleep:2        stays there for two seconds, every time
+    MEND_FAILPOINT=publish=sleep:2     stays there for two seconds, every time
     MEND_FAILPOINT=append=error        raises Failed
 
 Every step of the walk of an edit that is timed is such a point, under the name that `timings_ms` and Server-Timing
@@ -11,13 +11,15 @@ give it (`service.engine.clock`); the others are named where they are. Without t
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
 import time
 from collections import Counter
 
 VARIABLE = "MEND_FAILPOINT"
-_given = os.environ.get(VARIABLE, "")
+_given = ""
 _reached: Counter[str] = Counter()
 
 
@@ -26,7 +28,7 @@ class Failed(Exception):
 
 
 def reach(point: str) -> None:
-    """This process is at a point. Comes back unless it was told to fail here. Raises Failed, or ValueError."""
+    """This process is at a point. Comes back unless it was told to fail here. Raises Failed."""
     if not _given:
         return
     wanted, _, action = _given.partition("=")
@@ -40,14 +42,19 @@ def reach(point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "error":
         raise Failed(f"told to fail at {point} by {VARIABLE}")
-    elif what.startswith("sleep:"):
-        time.sleep(float(what.removeprefix("sleep:")))
     else:
-        raise ValueError(f"{VARIABLE} is {_given!r}; it should be like judge=kill, copy=sleep:2 or append=error@3")
+        time.sleep(float(what.removeprefix("sleep:")))
 
 
 def arm(given: str) -> None:
-    """Set what the variable says; for tests within one process."""
+    """Tell where to fail, as the variable does; nowhere if it is empty. Raises ValueError."""
     global _given
+    if given and not re.fullmatch(r"\w+=(kill|error|sleep:[\d.]+)(@\d+)?", given):
+        raise ValueError(f"{VARIABLE} is {given!r}; it should be like judge=kill, publish=sleep:2 or append=error@3")
     _given = given
     _reached.clear()
+    if given:
+        logging.getLogger("mend").warning("told to fail: %s=%s", VARIABLE, given)
+
+
+arm(os.environ.get(VARIABLE, ""))

@@ -19,7 +19,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag, time_it
+from service.api.headers import Actor, IdempotencyKey, IfMatch, Writable, expected_revision, tag, time_it
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
 from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of
@@ -97,7 +97,7 @@ def _valid(kind: type[Body], data: Any, *where: str | int) -> Body:
 def post_batch(
     edits: Annotated[list[EditBody], Depends(batch_edits)],
     lines: Lines,
-    engine: Loaded,
+    engine: Writable,
     response: Response,
     query: Annotated[BatchQuery, Query()],
     actor: Actor = None,
@@ -109,7 +109,7 @@ def post_batch(
     All are made or none, unless `partial`. The body is `{"edits": [...]}`, or JSON Lines (`application/x-ndjson`), an
     edit a line: then the answer is JSON Lines too, with progress, and its status is 200 once there is any.
     """
-    digest = digest_of(*edits)
+    digest = digest_of(*edits, query)
     requests = [edit.as_request(actor, idempotency_key, f"batch:{digest}") for edit in edits]
     revision = expected_revision(if_match, engine)
 

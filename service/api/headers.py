@@ -15,7 +15,15 @@ def current_engine(request: Request) -> Engine:
     return request.app.state.service.ready_engine()
 
 
+def current_writer(request: Request) -> Engine:
+    """The same for changes, which need the ledger as well. Raises LedgerUnavailable while it is known to be gone."""
+    engine = current_engine(request)
+    request.app.state.service.require_ledger()
+    return engine
+
+
 Loaded = Annotated[Engine, Depends(current_engine)]
+Writable = Annotated[Engine, Depends(current_writer)]
 Actor = Annotated[str | None, Header(alias="X-Actor", max_length=200, description="Who asks; kept in the ledger.")]
 IfMatch = Annotated[str | None, Header(alias="If-Match", description="Only at this revision (its ETag).")]
 IdempotencyKey = Annotated[

@@ -51,6 +51,7 @@ STATUS_BY_CODE = {
     "entry_invalid": 422,
     "state_overflow": 422,
     "internal_error": 500,
+    "busy": 503,
     "factors_missing": 503,
     "ledger_corrupt": 503,
     "ledger_diverged": 503,

@@ -106,13 +106,13 @@ class EditBody(_Request):
             metadata=self.metadata,
             actor=actor,
             idempotency_key=idempotency_key,
-            request_digest=request_digest,
+            request_digest=request_digest if idempotency_key else None,
         )
 
 
-def digest_of(*bodies: EditBody) -> str:
-    """By which a repeated request is known: SHA-256 of what it asks, in hexadecimal."""
-    return hashlib.sha256("\n".join(body.model_dump_json() for body in bodies).encode()).hexdigest()
+def digest_of(*parts: BaseModel) -> str:
+    """By which a repeated request is known: SHA-256 of what it asks and on which terms, in hexadecimal."""
+    return hashlib.sha256("\n".join(part.model_dump_json() for part in parts).encode()).hexdigest()
 
 
 class EditQuery(_Request):

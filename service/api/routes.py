@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.api.archive import ArchiveResponse, archived
-from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, expected_revision, tag, time_it
+from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, Writable, expected_revision, tag, time_it
 from service.api.problems import responses
 from service.api.requests import (
     AuditQuery,
@@ -54,7 +54,7 @@ MIN_TEMPERATURE = 1e-6
 )  # fmt: skip
 def post_edit(
     body: EditBody,
-    engine: Loaded,
+    engine: Writable,
     response: Response,
     query: Annotated[EditQuery, Query()],
     actor: Actor = None,
@@ -67,7 +67,7 @@ def post_edit(
     edit does not take or would break the guard's budget, 409 when it would break earlier edits: then nothing was
     changed. An edit of the same prompt is superseded, and comes back when this one is rolled back.
     """
-    request = body.as_request(actor, idempotency_key, digest_of(body))
+    request = body.as_request(actor, idempotency_key, digest_of(body, query))
     revision = expected_revision(if_match, engine)
     outcome = engine.apply(request, expected_revision=revision, **query.model_dump())
     if not outcome.committed:
@@ -122,7 +122,7 @@ def get_edit(edit_id: str, engine: Loaded, response: Response) -> EditView:
 @router.delete("/edits/{edit_id}", responses=responses(400, 404, 409, 412, 422, 503))
 def delete_edit(
     edit_id: str,
-    engine: Loaded,
+    engine: Writable,
     response: Response,
     query: Annotated[RollbackQuery, Query()],
     actor: Actor = None,
@@ -136,7 +136,7 @@ def delete_edit(
         actor=actor,
         expected_revision=expected_revision(if_match, engine),
         idempotency_key=idempotency_key,
-        request_digest=query.digest_of(edit_id),
+        request_digest=query.digest_of(edit_id) if idempotency_key else None,
     )
     by = edit.rolled_back
     tag(response, by.sequence)
@@ -150,7 +150,7 @@ def delete_edit(
     )
 
 
-@router.get("/generate", responses=responses(400, 422, 503))
+@router.get("/generate", responses=responses(400, 412, 422, 503))
 def get_generate(
     query: Annotated[GenerateQuery, Query()], engine: Loaded, response: Response
 ) -> GenerateView | GenerateBothView:
@@ -158,7 +158,7 @@ def get_generate(
     return _generate(query, engine, response)
 
 
-@router.post("/generate", responses=responses(400, 413, 422, 503))
+@router.post("/generate", responses=responses(400, 412, 413, 422, 503))
 def post_generate(
     query: GenerateQuery, engine: Loaded, response: Response, _: Annotated[NoQuery, Query()]
 ) -> GenerateView | GenerateBothView:

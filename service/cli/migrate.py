@@ -19,7 +19,7 @@ REFUSED = 2
 
 @with_settings(
     "data_dir", "redis_url", "redis_server", "namespace", "base_model", "editor", "device", "dtype", "durability",
-    "guard_prompts", "guard_budget", "max_batch",
+    "guard_prompts", "guard_budget",
 )  # fmt: skip
 def migrate(
     source: Annotated[
@@ -40,7 +40,9 @@ def migrate(
     from service.engine.migration import migrate
     from service.ledger import RedisLedger
 
-    settings = read_settings(flags)
+    settings = read_settings(flags).model_copy(update={"max_batch": sys.maxsize})
+    if report and (report.is_dir() or not report.parent.is_dir()):
+        sys.exit(f"mend: cannot write the report {report}: give a file in a folder that there is")
     if settings.editor is None:
         sys.exit("mend: name the editor to migrate to with --editor or MEND_EDITOR")
     try:
@@ -65,7 +67,9 @@ def migrate(
     if report:
         report.write_text(text + "\n", encoding="utf-8")
     typer.echo(text if as_json else _table(told))
-    if done.refused:
+    if done.refusal:
+        typer.echo(f"mend: {done.refusal}", err=True)
+    if done.refusal or done.refused:
         sys.exit(REFUSED)
 
 

@@ -61,13 +61,18 @@ def serve(**flags: Any) -> None:
     app = create_app(settings, on_failure=failed, on_ready=ready)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_S)
     server = Server(config)
-    # uvicorn stops in order at a signal, and then raises it once more for whoever handled it before.
+    # uvicorn stops in order at a signal, and then raises it once more for whoever handled it before: for nobody.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, lambda *_: None if server.asked else os._exit(0))
     typer.echo(f"mend: listening on {url}; loading {settings.base_model} …", err=True)
     server.run(sockets=[listening])
-    if app.state.service.failure:
-        sys.exit(f"mend: {app.state.service.failure}")
+    failure = app.state.service.failure
+    if failure:
+        typer.echo(f"mend: {failure}", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not `exit`, which would wait for requests that took longer than they had.
+    os._exit(1 if failure else 0)
 
 
 def _welcome(url: str) -> str:

@@ -1,6 +1,6 @@
 """Does every active edit still hold, with what margin, and which edit took those that do not?
 
-An audit reads a copy of the live weights, made in the moment in which nobody publishes: so it is of one revision, and
+An audit reads a copy of the live weights, made while it reads them as a generation does: so it is of one revision, and
 neither generation nor editing waits for it.
 """
 

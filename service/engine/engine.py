@@ -7,8 +7,8 @@ What is published is what the ledger holds: an entry is durable before it is liv
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from service.engine.batch import Batch, Tell
 from service.engine.batch_items import BatchOutcome, Item, made_batch
 from service.engine.errors import (
     BatchTooLarge,
+    Busy,
     IdempotencyKeyReused,
     LedgerDiverged,
     RevisionMismatch,
@@ -49,6 +50,9 @@ Which = Literal["live", "base"]
 Changed = TypeVar("Changed")
 MAX_RACES = 10
 """How often an edit is judged again because another writer was first."""
+MAX_WAITING = 12
+"""Changes that wait for the one under way, and readers that wait for a revision, at most of each: every one holds a
+thread, of which generation needs some too."""
 
 
 class Engine:
@@ -85,6 +89,8 @@ class Engine:
             checkpoint.margin_nats,
         )
         self._writing = threading.RLock()
+        self._queue, self._awaiting = (threading.BoundedSemaphore(MAX_WAITING) for _ in range(2))
+        self._contradiction: LedgerDiverged | None = None
 
     # Reading
 
@@ -236,7 +242,7 @@ class Engine:
 
     def _behind_others(self, attempt: Callable[[], Changed]) -> Changed:
         """Make a change after everything that the ledger holds; once more if another writer was first meanwhile."""
-        with self._writing:
+        with _place(self._queue, "changes"), self._writing:
             for _ in range(MAX_RACES - 1):
                 self.catch_up()
                 with suppress(LedgerConflict):
@@ -245,23 +251,27 @@ class Engine:
             return attempt()
 
     def require(self, revision: int, within_s: float) -> None:
-        """Come back when a revision, or a later one, is live. Raises RevisionNotReached after so many seconds."""
-        if not self.weights.wait(revision, within_s):
-            raise RevisionNotReached(revision, self.published.revision)
+        """Come back when a revision, or a later one, is live. Raises RevisionNotReached after so many seconds; Busy."""
+        if self.published.revision >= revision:
+            return
+        with _place(self._awaiting, "requests for a later revision"):
+            if not self.weights.wait(revision, within_s):
+                raise RevisionNotReached(revision, self.published.revision)
 
     def prove(self) -> Proof:
         """That the live weights are what the ledger's entries make, worked out anew. Waits for the edit under way.
 
-        Raises LedgerUnavailable; LedgerDiverged when they are not.
+        Raises Busy, LedgerUnavailable; LedgerDiverged when they are not, as `catch_up` does from then on.
         """
-        with self._writing:
+        with _place(self._queue, "changes"), self._writing:
             self.catch_up()
             proof = self.weights.proof()
-        if not proof.holds:
-            raise LedgerDiverged(
-                f"the weights in memory are not those of revision {proof.published.revision}; restart this service",
-                revision=proof.published.revision,
-            )
+            if not proof.holds:
+                self._contradiction = LedgerDiverged(
+                    f"the weights in memory are not those of revision {proof.published.revision}; restart this service",
+                    revision=proof.published.revision,
+                )
+                raise self._contradiction
         return proof
 
     def compact(self, every: int) -> Compacted | None:
@@ -277,6 +287,8 @@ class Engine:
         Raises LedgerUnavailable; LedgerDiverged when the ledger's state is not the one that its entries lead to.
         """
         with self._writing:
+            if self._contradiction is not None:
+                raise self._contradiction
             self._journal.catch_up()
 
     def follow(self) -> bool:
@@ -310,3 +322,14 @@ class Engine:
                 "this Idempotency-Key was used for another request; take a new key", id=made.edit_id
             )
         return made
+
+
+@contextmanager
+def _place(queue: threading.BoundedSemaphore, what: str) -> Iterator[None]:
+    """A place in a queue. Raises Busy when there is none."""
+    if not queue.acquire(blocking=False):
+        raise Busy(f"too many {what} are waiting; try again shortly", limit=MAX_WAITING)
+    try:
+        yield
+    finally:
+        queue.release()

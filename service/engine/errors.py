@@ -2,6 +2,7 @@
 
     EngineError
     ├── NotReady                 the model is still loading, or the ledger cannot be followed
+    ├── Busy                     as many requests wait as may
     ├── EditRefused              judged and found wanting; the live weights are unchanged
     │   ├── DidNotTake           greedy decoding does not say the correction, at any scale
     │   ├── DrawdownExceeded     unrelated behaviour moved more than the budget
@@ -38,6 +39,10 @@ class EngineError(Exception):
 
 class NotReady(EngineError):
     code = "not_ready"
+
+
+class Busy(EngineError):
+    code = "busy"
 
 
 class EditRefused(EngineError):

@@ -1,7 +1,7 @@
 """One published revision as files that live without the service. See `editors.export` for the formats.
 
 A revision's active edits are what the history says of it, and their factors never change in the ledger: only the live
-weights themselves have to be copied while nobody publishes. Everything is written after that, while edits go on.
+weights themselves have to be copied, while they are read. Everything is written after that, while edits go on.
 """
 
 from __future__ import annotations

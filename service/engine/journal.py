@@ -72,14 +72,14 @@ class Journal:
             )
         if head == published == self.reached:
             return
-        entries = list(self._ledger.read(after=self.reached))
+        entries = self._read_on()
         try:
             self._replay(entries)
         except FactorsMissing:
             if not entries or self._ledger.head() == entries[-1].sequence:
                 raise
             # Their edit was rolled back, and they were dropped, since its entry was read: as the entries say now.
-            self._replay(list(self._ledger.read(after=self.reached)))
+            self._replay(self._read_on())
         last = self._last
         if last.state_digest is None:
             raise LedgerDiverged(
@@ -95,11 +95,19 @@ class Journal:
                 actual=actual,
                 revision=published,
             )
-        # What another service appended may be readable before it is durable, and nothing goes live before it is.
-        self._ledger.confirm()
         reach("replay")
         self._weights.write_candidate()
         self._weights.publish(self._weights.as_published(last.sequence, last.state_digest))
+
+    def _read_on(self) -> list[Entry]:
+        """What the ledger holds beyond what was reached.
+
+        What another service appended may be readable before it is durable, and Redis may still lose it; nothing is made
+        of it before that is over.
+        """
+        entries = list(self._ledger.read(after=self.reached))
+        self._ledger.confirm()
+        return entries
 
     def _replay(self, entries: Sequence[Entry]) -> None:
         """Take entries into the history and what they come to into the state: both, or neither of them.
@@ -127,11 +135,11 @@ class Journal:
 
     def _add(self, edits: Sequence[Edit], factors: Sequence[Factors], leaving: Sequence[Factors] | None) -> None:
         """Move the state; leaving: None to begin anew. Raises LedgerDiverged, naming what does not fit."""
-        if leaving is None:
-            self._weights.clear()
-            leaving = ()
         try:
-            self._weights.move(add=factors, remove=leaving)
+            if leaving is None:
+                self._weights.rebuild(factors)
+            else:
+                self._weights.move(add=factors, remove=leaving)
         except EditorsError as error:
             for edit, own in zip(edits, factors, strict=True):
                 try:

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from service.engine.batch import Tell
 from service.engine.batch_items import BatchOutcome
 from service.engine.engine import Engine
+from service.engine.errors import EditRefused
 from service.engine.history import History
 from service.engine.requests import EditRequest
 from service.ledger import Applied, Entry
@@ -22,10 +23,14 @@ from service.ledger import Applied, Entry
 
 @dataclass(frozen=True)
 class Migration:
-    """What became of each edit of the other ledger. outcome: None where there was none to make."""
+    """What became of each edit of the other ledger.
+
+    outcome: None where none was made. refusal: why, if they were refused as a whole.
+    """
 
     edits: Sequence[Mapping[str, JsonValue]]
-    outcome: BatchOutcome | None
+    outcome: BatchOutcome | None = None
+    refusal: EditRefused | None = None
 
     @property
     def refused(self) -> int:
@@ -38,23 +43,29 @@ def migrate(
     """Make the active edits of another ledger with this engine's editor: all that can be made, as one transaction.
 
     source: name of that ledger. Doing it again, also after a crash, makes nothing twice.
-    Raises what `Engine.apply_batch` raises; then nothing was made.
+    Raises what `Engine.apply_batch` raises, but refusals.
     """
     history = History()
     for entry in entries:
         history.record(entry)
     old = [edit.applied for edit in history.all_active()]
     if not old:
-        return Migration([], None)
-    outcome = engine.apply_batch(
-        [_asked_again(applied, source) for applied in old],
-        dry_run=dry_run,
-        partial=True,
-        on_conflict="keep",
-        allow_loss=allow_loss,
-        tell=tell,
-    )
-    return Migration([_compared(applied, item) for applied, item in zip(old, outcome.edits, strict=True)], outcome)
+        return Migration([])
+    outcome, refusal = None, None
+    try:
+        outcome = engine.apply_batch(
+            [_asked_again(applied, source) for applied in old],
+            dry_run=dry_run,
+            partial=True,
+            on_conflict="keep",
+            allow_loss=allow_loss,
+            tell=tell,
+        )
+        items = outcome.edits
+    except EditRefused as error:
+        refusal, items = error, error.facts.get("edits") or [{"status": "withheld"}] * len(old)
+    edits = [_compared(applied, item) for applied, item in zip(old, items, strict=True)]
+    return Migration(edits, outcome, refusal)
 
 
 def _asked_again(applied: Applied, source: str) -> EditRequest:

@@ -82,6 +82,8 @@ class Weights:
         finally:
             with self._exchanged:
                 self._readers[view] -= 1
+                if not self._readers[view]:
+                    del self._readers[view]
 
     def wait(self, revision: int, within_s: float) -> bool:
         """Whether a revision, or a later one, is live or becomes so within some seconds."""
@@ -137,11 +139,16 @@ class Weights:
             self.state.add(*remove)
             raise
 
-    def clear(self) -> None:
-        """Forget all that is staged and active, for a replay from the beginning."""
-        self.state = self._editor.new_state(self._base.device)
+    def rebuild(self, factors: Sequence[Factors]) -> None:
+        """Make the state anew, of these edits alone. Raises StateError with everything as it was."""
+        state = self._editor.new_state(self._base.device)
+        state.add(*factors)
+        self.state = state
 
     def write_candidate(self) -> None:
+        """Make the candidate show the state. What went live is no candidate any more: another view takes its place."""
+        if self.candidate is self.live:
+            self.candidate = self._unread()
         self.state.write(self._base.model, self.candidate.model)
 
     def as_published(self, revision: int, digest: str) -> Published:
@@ -159,18 +166,19 @@ class Weights:
             self._retired.append(self.live)
             self.live, self.published = self.candidate, published
             self._exchanged.notify_all()
-        self.candidate = self._unread()
         warning = Capacity(published.fullness).warning
         if warning and not Capacity(before.fullness).warning:
             logger.warning("revision %d: %s", published.revision, warning)
 
     def _unread(self) -> View:
-        """A view to stage into: one that was live and is read no more, or a new one while all still are."""
+        """A view to stage into: one that was live and is read no more, or a new one while all still are.
+
+        Of those that nobody reads, one is enough.
+        """
         with self._exchanged:
-            unread = next((view for view in self._retired if not self._readers[view]), None)
-            if unread is not None:
-                self._retired.remove(unread)
-        return unread or self.another_view()
+            unread = [view for view in self._retired if view not in self._readers]
+            self._retired = [view for view in self._retired if view in self._readers]
+        return unread[0] if unread else self.another_view()
 
     @torch.no_grad()
     def _copy(self, source: View, destination: View) -> None:

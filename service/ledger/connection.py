@@ -10,6 +10,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from service.failpoints import reach
 from service.ledger.errors import LedgerCorrupt, LedgerError, LedgerUnavailable, OutcomeUnknown
 
 CONNECT_TIMEOUT_S = 2.0
@@ -98,6 +99,7 @@ class Connection:
         known whether it was.
         """
         self.ask(Client.ping)  # of a server that is not there we know that it was told nothing
+        reach("send")
         sent: Exception | None = None
         with self._patient(size_bytes) as client:
             for _ in range(2):
@@ -126,6 +128,10 @@ class Connection:
         """Where Redis is. Built from its parts, because the URL may hold a password."""
         where = self._client.get_connection_kwargs()
         return where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+
+    def begin_anew(self) -> None:
+        """Ask over new connections from now on."""
+        self._client.connection_pool.disconnect(inuse_connections=False)
 
     def close(self) -> None:
         """Close the connections. A later question opens new ones."""

@@ -28,7 +28,7 @@ class Durability:
     """What a Redis says of itself.
 
     server: its name and version. waits: it confirms an fsync by WAITAOF. weaknesses: by what it may lose an
-    acknowledged edit, one sentence each with what to do; empty when by nothing.
+    acknowledged edit, one sentence each with what to do; empty when by nothing. refuses: why it stores nothing now.
     """
 
     server: str
@@ -37,6 +37,7 @@ class Durability:
     maxmemory_policy: str | None
     waits: bool
     weaknesses: tuple[str, ...]
+    refuses: str | None = None
 
     @classmethod
     def of(cls, client: Client) -> Durability:
@@ -58,7 +59,7 @@ class Durability:
         policy = config.get("maxmemory-policy") or info.get("maxmemory_policy")
         waits = appendonly == "yes" and appendfsync != "no" and _answers_waitaof(client)
         weaknesses = tuple(filter(None, (_of_its_file(config, info, waits), _of_its_memory(policy))))
-        return cls(server, appendonly, appendfsync, policy, waits, weaknesses)
+        return cls(server, appendonly, appendfsync, policy, waits, weaknesses, _refuses(info))
 
     def ask(self, pipeline: redis.client.Pipeline, key: str, patience_s: float) -> None:
         """Ask behind a write, over its connection, whether all that was written is durable. key: of the stream.
@@ -108,6 +109,17 @@ def _of_its_file(config: Mapping[str, str], info: Mapping[str, Any], waits: bool
     if not info["aof_base_size"] and (info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"]):
         # After `CONFIG SET appendonly yes`, no file that a restart would read has anything until the first is complete.
         return "its append-only file is being written for the first time: until then a crash loses edits; wait for it"
+    return None
+
+
+def _refuses(info: Mapping[str, Any]) -> str | None:
+    """Why it would not store anything now, where it tells."""
+    if info.get("role", "master") != "master":
+        return "it is a read-only replica: name the server that writes"
+    if info.get("aof_last_write_status", "ok") != "ok":
+        return "it cannot write its append-only file: see to its disk"
+    if 0 < info.get("maxmemory", 0) <= info.get("used_memory", 0):
+        return "it has reached its maxmemory: give it more, or roll edits back and compact the ledger"
     return None
 
 

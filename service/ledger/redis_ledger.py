@@ -51,8 +51,8 @@ class RedisLedger:
         self._keys = [_key_of(namespace, part) for part in ("entries", "factors", "snapshot")]
         self._key = self._keys[0]
         self._durability: Durability | None = None
-        self._known = (0, GENESIS)
-        """Sequence and link of the entry that was read or appended last."""
+        self._known = self._read = (0, GENESIS)
+        """Sequence and link of the last entry that is known to be durable, and of the one that was read last."""
 
     @classmethod
     def connect(cls, url: str, namespace: str, durability: Demand = "warn") -> Self:
@@ -64,6 +64,9 @@ class RedisLedger:
     def inspect(self) -> Durability:
         """What Redis says of itself now. Raises LedgerNotDurable when more is demanded; LedgerUnavailable."""
         self._durability = durability = self._connection.ask(Durability.of)
+        if durability.refuses:
+            # Behind one address there may be another server by now, which is one that writes.
+            self._connection.begin_anew()
         if self._demand == "strict" and durability.weaknesses:
             raise LedgerNotDurable(
                 f"{durability.server} at {self._connection.address()} may lose edits, which strict durability "
@@ -81,6 +84,7 @@ class RedisLedger:
         if self._inspected().waits:
             _, doubt = self._write(TOUCH, [self._key])
             self._raise(doubt)
+        self._known = self._read
 
     def _inspected(self) -> Durability:
         """What is demanded, as far as is known; asked anew where it was not what is."""
@@ -156,7 +160,7 @@ class RedisLedger:
             if found < sequence or self._link_at(sequence) != chain:  # else it was stored before, and compacted since
                 raise LedgerConflict(expected=expected, actual=found)
         self._raise(doubt)
-        self._known = (sequence, chain)
+        self._known = self._read = (sequence, chain)
 
     def compact(self) -> Compacted | None:
         """Fold all entries into a checked snapshot and drop the factors that nothing can need again.
@@ -175,6 +179,8 @@ class RedisLedger:
         ]
         snapshot = Snapshot.of([(raw, chain) for _, raw, chain in entries])
         packed = snapshot.pack()
+        if Snapshot.unpack(packed) != snapshot:  # nothing is trimmed that could not be read again
+            raise LedgerCorrupt(1, "or one behind it cannot be kept in a snapshot")
         last = f"{snapshot.sequence}-0"
         reach("compact")
         count, doubt = self._write(COMPACT, self._keys, [last, snapshot.chain, packed, *dropped])
@@ -216,13 +222,14 @@ class RedisLedger:
         `after` and so has lost entries. Raises LedgerUnavailable.
         """
         for entry, _, chain in self.read_raw(after):
-            self._known = (entry.sequence, chain)
+            self._read = (entry.sequence, chain)
             yield entry
 
     def read_raw(self, after: int = 0) -> Iterator[tuple[Entry, bytes, str]]:
         """The same, each with its bytes as they are stored and its link."""
         chain = None
-        while (head := self.head()) != after:
+        while (last := self.last())[0] != after:
+            head, _ = last
             if head < after:
                 raise LedgerCorrupt(head + 1, f"is missing: the ledger ends at {head}, but it reached {after} before")
             chain = chain or self._link_at(after)
@@ -235,6 +242,8 @@ class RedisLedger:
                 after += 1
                 entry, raw, chain = _verified(after, stored_id, fields, chain)
                 yield entry, raw, chain
+        if chain not in (None, last[1]):
+            raise LedgerCorrupt(after, "is another one than this service has read")
 
     def page(self, after: int, *, snapshot: bool = True) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """The next entries behind `after`, unverified; none that are in the snapshot alone unless it is to be read.

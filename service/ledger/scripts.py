@@ -53,18 +53,19 @@ return actual
 )
 
 # KEYS: entries, factors, snapshot. ARGV: id and link of the last entry of the snapshot, the snapshot, then the factors
-# to drop. That entry stays in the stream, so that the stream still ends in a link. Answers how many factors were
-# dropped, or nothing if the stream no longer has that entry: then somebody else has compacted it further.
+# to drop. That entry stays in the stream, so that the stream still ends in a link. The factors go first, which makes
+# room in a Redis that is full. Answers how many they were, or nothing if the stream no longer has that entry: then
+# somebody else has compacted it further.
 COMPACT = """
 local stored = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not stored then return false end
 for i = 1, #stored[2], 2 do
   if stored[2][i] == 'chain' and stored[2][i + 1] ~= ARGV[2] then return false end
 end
-redis.call('SET', KEYS[3], ARGV[3])
-redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
 local dropped = 0
 for i = 4, #ARGV do dropped = dropped + redis.call('HDEL', KEYS[2], ARGV[i]) end
+redis.call('SET', KEYS[3], ARGV[3])
+redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
 return dropped
 """
 

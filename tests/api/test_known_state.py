@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from service.engine.engine import MAX_WAITING
 from service.ledger import RedisLedger, digest_of
 from tests.api.answers import assert_problem
 from tests.api.conftest import engine_of, wait_until
@@ -40,8 +42,13 @@ class TestRevision:
         live = engine_of(fresh).weights
         with torch.no_grad():
             live.live.model.get_parameter(live._own[0]).view(-1)[0] += 1
+        assert fresh.get("/revision").status_code == 200
         problem = assert_problem(fresh.get("/revision?verify=true"), "ledger_diverged")
         assert "restart" in problem["detail"]
+        wait_until(lambda: fresh.get("/readyz").status_code == 503)
+        assert metrics(fresh)["mend_state_mismatches_total"] == 1
+        for answer in (fresh.get("/generate", params=SAY), fresh.post("/edits", json=bodies[1])):
+            assert "restart" in assert_problem(answer, "not_ready")["detail"]
 
 
 class TestAnAnswerFromARevisionOrLater:
@@ -65,6 +72,20 @@ class TestAnAnswerFromARevisionOrLater:
         answer = client.get("/generate", params={**SAY, "view": view, "min_revision": head + 1, "wait_ms": 50})
         problem = assert_problem(answer, "revision_not_reached")
         assert (problem["wanted"], problem["revision"]) == (head + 1, head)
+
+    def test_that_too_many_wait_for_is_refused_and_nothing_else_is_held_up(self, client, bodies):
+        head = client.get("/revision").json()["revision"]
+        ask = {**SAY, "min_revision": head + 1, "wait_ms": 20_000}
+        with ThreadPoolExecutor(2 * MAX_WAITING) as pool:
+            asked = [pool.submit(client.get, "/generate", params=ask) for _ in range(2 * MAX_WAITING)]
+            wait_until(lambda: sum(each.done() for each in asked) == MAX_WAITING)
+            for each in asked:
+                if each.done():
+                    assert_problem(each.result(), "busy")
+            assert client.get("/generate", params=SAY).status_code == 200
+            assert client.post("/edits", json=bodies[0]).status_code == 201
+            said = [each.result() for each in asked]
+        assert [answer.json()["revision"] for answer in said if answer.status_code == 200] == [head + 1] * MAX_WAITING
 
     @pytest.mark.parametrize("wrong", [{"min_revision": -1}, {"min_revision": "x"}, {"wait_ms": 60_001}])
     def test_that_makes_no_sense_is_refused(self, client, wrong):

@@ -83,11 +83,12 @@ def test_of_edits_that_can_none_be_made_nothing_is(old, newer):
         if entry.kind == "applied"
     ][1:2]
     standing = Standing.of(newer)
-    with pytest.raises(EditRefused):
-        migrate(newer, hopeless, "old", dry_run=False, allow_loss=True, tell=lambda step, done, of: None)
+    done = migrate(newer, hopeless, "old", dry_run=False, allow_loss=True, tell=lambda step, done, of: None)
+    assert isinstance(done.refusal, EditRefused)
+    assert (done.outcome, done.refused) == (None, 1)
     assert Standing.of(newer) == standing
 
 
 def test_of_a_ledger_without_active_edits_there_is_nothing_to_do(engine, newer, first):
     engine.rollback(engine.apply(first).applied.edit_id)
-    assert move(engine, newer) == Migration([], None)
+    assert move(engine, newer) == Migration([])
