@@ -6,7 +6,6 @@ not, and an exit status. What changes something carries one Idempotency-Key howe
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 import uuid
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from urllib.parse import quote
 
 import typer
 from typer.core import TyperCommand
@@ -32,6 +32,8 @@ USAGE = 2
 
 CONNECTS_WITHIN_S, ANSWERS_WITHIN_S = 10, 600
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5
+TELLS_EVERY_S = 5
+"""Of the progress of a batch."""
 PAGE = 500
 """Most edits that the service lists at once."""
 NOT_NOW = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
@@ -50,8 +52,6 @@ IfMatchOption = Annotated[
 ]
 
 Got = TypeVar("Got")
-Tell = Callable[[str, int, int], None]
-"""Is told of progress: a step, how much of it is done, and of how much."""
 
 
 class ClientCommand(TyperCommand):
@@ -93,7 +93,7 @@ class Unreachable(ServiceError):
 class NotNow(Unreachable):
     """Perhaps in a moment. retry_after_s: as the answer says. unknown: whether the request was carried out."""
 
-    def __init__(self, message: str, body: str = "", *, retry_after_s: float | None = None, unknown: bool) -> None:
+    def __init__(self, message: str, body: str = "", *, retry_after_s: float = 0, unknown: bool) -> None:
         super().__init__(message, body)
         self.retry_after_s, self.unknown = retry_after_s, unknown
 
@@ -128,7 +128,8 @@ def connected(url: str, wait_s: float, *, as_json: bool) -> Iterator[Service]:
         if as_json and error.body:
             typer.echo(error.body)
         nobody = isinstance(error, Unreachable) and not error.body
-        stop(f"{error}{'; --service or MEND_SERVICE is the URL of a running service' * nobody}", error.status)
+        advice = "; give the URL of a running service with --service or MEND_SERVICE" if nobody else ""
+        stop(f"{error}{advice}", error.status)
 
 
 def stop(why: str, status: int = REFUSED) -> NoReturn:
@@ -137,9 +138,8 @@ def stop(why: str, status: int = REFUSED) -> NoReturn:
     raise typer.Exit(status)
 
 
-def quoted(text: str) -> str:
-    """A text as one line that a terminal shows and does not obey."""
-    return json.dumps(text, ensure_ascii=False)
+def edit_path(edit_id: str) -> str:
+    return f"/edits/{quote(edit_id, safe='')}"
 
 
 def told_problem(problem: Mapping[str, Any]) -> str:
@@ -179,7 +179,7 @@ class Service:
 
         Raises Refused, Unreachable; then whether it was made may be unknown.
         """
-        key = uuid.uuid4().hex if key is None else key
+        key = _key(query) if key is None else key
         headers = _headers(actor, if_match, key)
         return self._patiently(lambda: self._answer(method, path, expects, query, body, headers), key)
 
@@ -190,13 +190,12 @@ class Service:
         *,
         actor: str | None,
         if_match: int | None,
-        tell: Tell,
     ) -> dict[str, Any]:
-        """Ask for many edits at once, as JSON Lines: the answer begins while they are worked on.
+        """Ask for many edits at once, as JSON Lines: the answer begins while they are worked on, and is told of.
 
         Raises Refused, whose problem has every edit's verdict; Unreachable.
         """
-        key = uuid.uuid4().hex
+        key = _key(query)
         headers = _headers(actor, if_match, key) | {"Content-Type": "application/x-ndjson"}
         lines = "\n".join(map(json.dumps, edits)).encode()
 
@@ -205,7 +204,7 @@ class Service:
                 if not answer.headers.get("content-type", "").startswith("application/x-ndjson"):
                     answer.read()
                     return self._checked(answer, "edits")
-                return self._told(answer, tell)
+                return _told(answer)
 
         return self._patiently(once, key)
 
@@ -222,16 +221,14 @@ class Service:
 
     def _patiently(self, once: Callable[[], Got], key: str | None = None) -> Got:
         """What `once` comes to, tried until it is known. key: the Idempotency-Key that it sends."""
-        deadline, unknown = None, False
-        for attempt in itertools.count():
+        deadline, unknown, own_pause_s = None, False, FIRST_PAUSE_S
+        while True:
             try:
                 return self._sent(once)
             except NotNow as trouble:
                 now, unknown = time.monotonic(), unknown or trouble.unknown
                 deadline = deadline or now + self._wait_s
-                pause_s = trouble.retry_after_s
-                if pause_s is None:
-                    pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt)
+                pause_s = max(trouble.retry_after_s, own_pause_s)
                 if now + pause_s > deadline:
                     if key and unknown:
                         raise NotNow(
@@ -243,7 +240,7 @@ class Service:
                     raise
                 typer.echo(f"mend: {trouble}; asking again in {pause_s:g} s …", err=True)
                 time.sleep(pause_s)
-        raise AssertionError("there is always another attempt")
+                own_pause_s = min(LONGEST_PAUSE_S, 2 * own_pause_s)
 
     def _sent(self, once: Callable[[], Got]) -> Got:
         import httpx
@@ -272,7 +269,7 @@ class Service:
             # In ASCII, so that the service says what is wrong with text that is not Unicode.
             content, headers = json.dumps(body).encode(), {**headers, "Content-Type": "application/json"}
         answer = self._http.request(method, path, params=given, content=content, headers=headers)
-        tag = answer.headers.get("etag", "").strip('"')
+        tag = answer.headers.get("etag", "").removeprefix("W/").strip('"')
         return Answer(answer.text, self._checked(answer, expects), int(tag) if tag.isdigit() else None)
 
     def _checked(self, answer: httpx.Response, expects: str) -> dict[str, Any]:
@@ -285,7 +282,7 @@ class Service:
         if answer.is_success and expects in fields:
             return fields
         after = answer.headers.get("retry-after", "")
-        after_s = float(after) if after.isdigit() else None
+        after_s = float(after) if after.isdigit() else 0
         if {"detail", "code", "status"} <= fields.keys():
             raise _trouble(fields, after_s)
         why = f"{self.url} answered with status {answer.status_code}, and not as mend-service does"
@@ -293,30 +290,37 @@ class Service:
             raise NotNow(why, retry_after_s=after_s, unknown=True)
         raise Unreachable(why)
 
-    def _told(self, answer: httpx.Response, tell: Tell) -> dict[str, Any]:
-        """What the lines of a batch's answer come to."""
-        edits = []
-        for line in _lines(answer):
-            ((kind, fields),) = json.loads(line).items()
-            if kind == "progress":
-                tell(fields["step"], fields["done"], fields["of"])
-            elif kind == "edit":
-                edits.append(fields)
-            elif kind == "batch":
-                return {**fields, "edits": edits}
-            else:
-                raise _trouble({**fields, **({"edits": edits} if edits else {})})
-        raise NotNow(f"the answer of {self.url} broke off", unknown=True)
+
+def _told(answer: httpx.Response) -> dict[str, Any]:
+    """What the lines of a batch's answer come to. Raises Refused, NotNow."""
+    edits, last_told = [], time.monotonic()
+    for line in _lines(answer):
+        ((kind, fields),) = json.loads(line).items()
+        if kind == "edit":
+            edits.append(fields)
+        elif kind == "batch":
+            return {**fields, "edits": edits}
+        elif kind == "problem":
+            raise _trouble({**fields, "edits": edits} if edits else fields)
+        elif time.monotonic() - last_told >= TELLS_EVERY_S:
+            last_told = time.monotonic()
+            typer.echo(f"mend: {fields['step']} {fields['done']}/{fields['of']} …", err=True)
+    raise NotNow(f"the answer of {answer.url.host} broke off", unknown=True)
 
 
-def _trouble(problem: dict[str, Any], retry_after_s: float | None = None) -> ServiceError:
+def _trouble(problem: dict[str, Any], retry_after_s: float = 0) -> ServiceError:
     if problem["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
         body, unknown = json.dumps(problem, ensure_ascii=False), problem["code"] != "not_ready"
         return NotNow(told_problem(problem), body, retry_after_s=retry_after_s, unknown=unknown)
     return Refused(told_problem(problem), problem)
 
 
-def _headers(actor: str | None, if_match: int | None, key: str) -> dict[str, bytes]:
+def _key(query: Mapping[str, Any] | None) -> str | None:
+    """A new Idempotency-Key. A dry run needs none: it makes nothing, however often it is asked for."""
+    return None if query and query.get("dry_run") else uuid.uuid4().hex
+
+
+def _headers(actor: str | None, if_match: int | None, key: str | None) -> dict[str, bytes]:
     headers = {
         "X-Actor": actor,
         "If-Match": None if if_match is None else f'"{if_match}"',

@@ -7,8 +7,11 @@ import sys
 import typer
 
 from editors.errors import EditorsError
+from service.cli.apply import apply
 from service.cli.bench import bench
 from service.cli.checkpoint import checkpoint
+from service.cli.client import EXIT_STATUSES, ClientCommand
+from service.cli.commands import audit, edit, edits, generate, rollback
 from service.cli.compare import compare
 from service.cli.evaluate import evaluate
 from service.cli.export import export
@@ -29,6 +32,8 @@ app.add_typer(checkpoint, name="checkpoint")
 ledger.command()(migrate)
 app.add_typer(ledger, name="ledger")
 app.command()(plan)
+for command in (edit, edits, rollback, generate, audit, apply):
+    app.command(cls=ClientCommand, epilog=EXIT_STATUSES)(command)
 
 
 @app.callback()

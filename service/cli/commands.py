@@ -1,0 +1,258 @@
+"""`mend edit`, `edits`, `rollback`, `generate` and `audit`: one request each to a running service.
+
+Flow: options -> the fields of the API, which judges them -> its answer, in a line or two, or as it is with --json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.client import (
+    DEFAULT_SERVICE,
+    DEFAULT_WAIT_S,
+    LOST,
+    REFUSED,
+    ActorOption,
+    IfMatchOption,
+    JsonOption,
+    ReasonOption,
+    Refused,
+    ServiceOption,
+    WaitOption,
+    connected,
+    edit_path,
+    stop,
+)
+
+
+def edit(
+    prompt: Annotated[str, typer.Argument(help="What is asked, as the model reads it.")],
+    correction: Annotated[str, typer.Argument(help="What the answer should begin with.")],
+    subject: Annotated[str | None, typer.Option(help="What the fact is about, as it stands in the prompt.")] = None,
+    paraphrase: Annotated[list[str], typer.Option(help="Another wording, to be judged; as often as wanted.")] = [],  # noqa: B006 - typer's idiom
+    keep: Annotated[list[str], typer.Option(help="A prompt whose answer must stay, likewise.")] = [],  # noqa: B006
+    reason: ReasonOption = None,
+    actor: ActorOption = None,
+    metadata: Annotated[str | None, typer.Option(metavar="JSON", help="An object of your own, for the ledger.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Judge it, but do not make it.")] = False,
+    on_conflict: Annotated[
+        str, typer.Option(help="With an edit of nearly the same prompt: refuse, supersede or keep.")
+    ] = "refuse",
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Make it although earlier edits would no longer hold.")
+    ] = False,
+    if_match: IfMatchOption = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Of the edit that this repeats; without it, a new one.")
+    ] = None,
+    service: ServiceOption = DEFAULT_SERVICE,
+    wait: WaitOption = DEFAULT_WAIT_S,
+    as_json: JsonOption = False,
+) -> None:
+    """Correct a fact: what the model answers to PROMPT is to begin with CORRECTION from now on."""
+    given = {"subject": subject, "paraphrases": paraphrase, "keep": keep, "reason": reason}
+    body: dict[str, Any] = {"prompt": prompt, "correction": correction}
+    body |= {name: value for name, value in given.items() if value not in (None, [])}
+    if metadata is not None:
+        try:
+            body["metadata"] = json.loads(metadata)
+        except (ValueError, RecursionError) as error:
+            stop(f"--metadata is not JSON: {error}")
+    terms = {"dry_run": dry_run, "on_conflict": on_conflict, "allow_loss": allow_loss}
+    with connected(service, wait, as_json=as_json) as running:
+        answer = running.change(
+            "POST", "/edits", "before", query=terms, body=body, actor=actor, if_match=if_match, key=idempotency_key
+        )
+    typer.echo(answer.text if as_json else _told(answer.body))
+
+
+def edits(
+    edit_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Only this one, with all that is known.")
+    ] = None,
+    status: Annotated[str | None, typer.Option(help="applied, superseded or rolled_back.")] = None,
+    q: Annotated[str | None, typer.Option(help="Text in the prompt or the correction.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="So many at most.")] = 50,
+    all_: Annotated[bool, typer.Option("--all", help="Every one, however many.")] = False,
+    service: ServiceOption = DEFAULT_SERVICE,
+    wait: WaitOption = DEFAULT_WAIT_S,
+    as_json: JsonOption = False,
+) -> None:
+    """List edits, newest first, or show one."""
+    if edit_id is not None and (status is not None or q is not None):
+        stop("an ID names one edit already; leave out --status and --q")
+    with connected(service, wait, as_json=as_json) as running:
+        if edit_id is not None:
+            answer = running.read("GET", edit_path(edit_id), "prompt")
+            typer.echo(answer.text if as_json else _shown(answer.body))
+            return
+        pages = list(running.edits({"status": status, "q": q}, None if all_ else limit))
+    items = [item for page in pages for item in page.body["items"]]
+    if as_json:
+        first, *more = pages
+        whole = {**first.body, "items": items, "next_cursor": pages[-1].body["next_cursor"]}
+        typer.echo(json.dumps(whole, ensure_ascii=False) if more else first.text)
+        return
+    for item in items:
+        typer.echo(_listed(item))
+    if not items:
+        typer.echo("mend: no edits", err=True)
+    elif pages[-1].body["next_cursor"] is not None:
+        typer.echo(f"mend: there are more than {len(items)}; --limit or --all shows them", err=True)
+
+
+def rollback(
+    edit_ids: Annotated[list[str], typer.Argument(metavar="ID…", help="Which edits.")],
+    reason: ReasonOption = None,
+    actor: ActorOption = None,
+    if_match: IfMatchOption = None,
+    service: ServiceOption = DEFAULT_SERVICE,
+    wait: WaitOption = DEFAULT_WAIT_S,
+    as_json: JsonOption = False,
+) -> None:
+    """Take edits back, exactly. One that is refused does not keep the others; the exit status is 1 then.
+
+    --if-match is for the first; each of the others expects the revision that the one before led to. Several answers
+    with --json are a line each.
+    """
+    refused = False
+    with connected(service, wait, as_json=as_json) as running:
+        for edit_id in edit_ids:
+            try:
+                answer = running.change(
+                    "DELETE", edit_path(edit_id), "revived", query={"reason": reason}, actor=actor, if_match=if_match
+                )
+            except Refused as error:
+                refused = True
+                typer.echo(f"mend: {error}", err=True)
+                if as_json and error.body:
+                    typer.echo(error.body)
+                continue
+            if if_match is not None:
+                if_match = answer.body["revision"]
+            typer.echo(answer.text if as_json else _rolled_back(answer.body))
+    if refused:
+        raise typer.Exit(REFUSED)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    max_new_tokens: Annotated[int | None, typer.Option(help="So many at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0, or not given: greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the probability, so much is sampled from.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    view: Annotated[str | None, typer.Option(help="live, base, or both with a label each.")] = None,
+    min_revision: Annotated[int | None, typer.Option(help="Of this revision, or a later one.")] = None,
+    service: ServiceOption = DEFAULT_SERVICE,
+    wait: WaitOption = DEFAULT_WAIT_S,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, and print the text alone."""
+    body = {
+        "prompt": prompt,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "view": view,
+        "min_revision": min_revision,
+    }
+    given = {name: value for name, value in body.items() if value is not None}
+    with connected(service, wait, as_json=as_json) as running:
+        answer = running.read("POST", "/generate", "live" if view == "both" else "text", body=given)
+    if as_json:
+        typer.echo(answer.text)
+    elif view == "both":
+        typer.echo(f"live: {answer.body['live']['text']}\nbase: {answer.body['base']['text']}")
+    else:
+        typer.echo(answer.body["text"])
+
+
+def audit(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Look now, not at what was seen last.")] = False,
+    service: ServiceOption = DEFAULT_SERVICE,
+    wait: WaitOption = DEFAULT_WAIT_S,
+    as_json: JsonOption = False,
+) -> None:
+    """List the active edits that no longer hold, and what they were lost to. Exit status 3 when there are any."""
+    with connected(service, wait, as_json=as_json) as running:
+        answer = running.read("GET", "/edits/audit", "lost", query={"fresh": fresh})
+    found = answer.body
+    if as_json:
+        typer.echo(answer.text)
+    else:
+        typer.echo(f"{found['held']} of {found['held'] + found['lost']} active edits hold at revision "
+                   f"{found['revision']}, {found['digest']}")  # fmt: skip
+        for each in found["edits"]:
+            if not each["holds"]:
+                typer.echo(_lost(each))
+    if not found["current"]:
+        typer.echo("mend: that revision is no longer the live one; --fresh looks at what is", err=True)
+    if found["lost"]:
+        raise typer.Exit(LOST)
+
+
+def _told(made: Mapping[str, Any]) -> str:
+    """An edit that was asked for."""
+    before, after = made["before"]["text"], made["after"]["text"]
+    if made["status"] == "unchanged":
+        return f"unchanged  revision {made['revision']}: {made['detail']}\n  {before!r}"
+    first = f"{made['id'] or 'dry run'}  revision {made['revision']}{_failed(made['checks'])}"
+    return f"{first}{_superseding(made)}\n  {before!r} -> {after!r}"
+
+
+def _failed(checks: Mapping[str, Any]) -> str:
+    """What did not come out as it should, although the edit was made."""
+    failed = []
+    if missed := [each for each in checks["paraphrases"] if not each["took"]]:
+        failed.append(f"did not take: {', '.join(repr(each['prompt']) for each in missed)}")
+    if moved := [each for each in checks["keep"] if not each["kept"]]:
+        failed.append(f"did not stay: {', '.join(repr(each['prompt']) for each in moved)}")
+    if checks["lost"]:
+        failed.append(f"no longer hold: {', '.join(checks['lost'])}")
+    return "".join(f"; {each}" for each in failed)
+
+
+def _superseding(made: Mapping[str, Any]) -> str:
+    return f"; supersedes {', '.join(made['supersedes'])}" if made["supersedes"] else ""
+
+
+def _listed(item: Mapping[str, Any]) -> str:
+    by = f"  by {item['actor']}" if item["actor"] else ""
+    return (
+        f"{item['id']}  {item['status']:<11}  revision {item['revision']}  {item['created_at'][:19]}  "
+        f"{item['prompt']!r} -> {item['correction']!r}{by}"
+    )
+
+
+def _shown(item: Mapping[str, Any]) -> str:
+    lines = [
+        _listed(item),
+        f"  {item['before']['text']!r} -> {item['after']['text']!r}{_failed(item['checks'])}",
+    ]
+    if item["reason"]:
+        lines.append(f"  reason: {item['reason']!r}")
+    if item["superseded_by"]:
+        lines.append(f"  superseded by {item['superseded_by']}")
+    if by := item["rolled_back"]:
+        who = f" by {by['actor']}" if by["actor"] else ""
+        why = f": {by['reason']!r}" if by["reason"] else ""
+        lines.append(f"  rolled back at revision {by['revision']}, {by['at'][:19]}{who}{why}")
+    return "\n".join(lines)
+
+
+def _rolled_back(done: Mapping[str, Any]) -> str:
+    back = f"; {', '.join(done['revived'])} came back" if done["revived"] else ""
+    return f"{done['id']}  rolled back at revision {done['revision']}, {done['active_edits']} active edits{back}"
+
+
+def _lost(each: Mapping[str, Any]) -> str:
+    says = "" if each["text"] is None else f", says {each['text']!r}"
+    return (
+        f"{each['id']}  {each['prompt']!r} -> {each['correction']!r}{says}; "
+        f"lost to {each['lost_to'] or 'nothing that is known'}"
+    )
