@@ -32,7 +32,6 @@ STEPS: dict[Kind, tuple[str, ...]] = {
     "rollback": WRITING,
 }
 """The failpoints that a change passes, in their order."""
-PREPARED = 3
 MOST_ASKS = 60
 DIES_WITHIN_S = 20.0
 COMPACTING = {"MEND_COMPACT_EVERY": "3", "MEND_AUDIT_EVERY_S": "0.2"}
@@ -69,13 +68,13 @@ class Fault:
         )
 
 
-def prepare(scene: Scene, record: Record, rng: Random) -> None:
-    """Have a few edits made, which can be rolled back and superseded."""
+def prepare(scene: Scene, record: Record, rng: Random, number: int = 3) -> None:
+    """Have some edits made, which can be rolled back and superseded."""
     for _ in range(MOST_ASKS):
-        if len(record.of("made")) == PREPARED:
+        if len(record.of("made")) == number:
             return
         record.draw(rng, "edit").send(scene.service.http)
-    raise Missed(f"of {MOST_ASKS} edits not even {PREPARED} are made")
+    raise Missed(f"of {MOST_ASKS} edits not even {number} are made")
 
 
 def ask_until_death(scene: Scene, record: Record, rng: Random, kind: Kind | None = None) -> None:
@@ -91,20 +90,17 @@ def ask_until_death(scene: Scene, record: Record, rng: Random, kind: Kind | None
     raise Missed(f"nothing of {MOST_ASKS} passed the failpoint")
 
 
-def die_at(kind: Kind, step: str) -> Strike:
-    """SIGKILL of the service when it has done a step of a change."""
+def die_at_every_step(kind: Kind) -> Strike:
+    """SIGKILL of the service when it has done a step of a change: one step after the other, a life for each."""
 
     def strike(scene: Scene, record: Record, rng: Random) -> None:
-        prepare(scene, record, rng)
-        # Whoever replays confirms what it has read, which passes these for the first time.
-        scene.restart(f"{step}=kill@{2 if step in ('append', 'send') else 1}")
-        ask_until_death(scene, record, rng, kind)
+        prepare(scene, record, rng, len(WRITING) + 1)
+        for step in STEPS[kind]:
+            # Whoever replays confirms what it has read, which passes these for the first time.
+            scene.restart(f"{step}=kill@{2 if step in ('append', 'send') else 1}")
+            ask_until_death(scene, record, rng, kind)
 
     return strike
-
-
-def die_at_any_step(kind: Kind) -> Strike:
-    return lambda scene, record, rng: die_at(kind, rng.choice(STEPS[kind]))(scene, record, rng)
 
 
 def die_at_any_moment(scene: Scene, record: Record, rng: Random) -> None:
@@ -217,13 +213,15 @@ def cut_connections(scene: Scene, record: Record, rng: Random) -> None:
 
 
 def run_redis_out_of_memory(scene: Scene, record: Record, rng: Random) -> None:
-    """It still reads, so a service may even start then."""
+    """It still reads, so a service may even start then, and be ready when there is room again."""
     with clients(record, rng, scene.service), scene.client() as client:
         time.sleep(rng.uniform(0.05, 0.8))
         client.config_set("maxmemory", 1)
         time.sleep(rng.uniform(0.2, 1.0))
         if rng.random() < 0.5:
-            scene.restart()
+            scene.service.kill()
+            scene.start()
+            time.sleep(rng.uniform(0.2, 1.0))
         client.config_set("maxmemory", 0)
         time.sleep(rng.uniform(0.0, 0.5))
 
@@ -301,7 +299,7 @@ def await_back(scene: Scene) -> None:
 
 
 FAULTS = (
-    *(Fault(f"SIGKILL of the service at a step of {what}", die_at_any_step(kind)) for kind, what in (
+    *(Fault(f"SIGKILL of the service at every step of {what}", die_at_every_step(kind)) for kind, what in (
         ("edit", "an edit"), ("batch", "a batch"), ("rollback", "a rollback"), ("supersede", "an edit that supersedes"),
     )),
     Fault("SIGKILL of the service at a random moment", die_at_any_moment),
