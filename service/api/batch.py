@@ -166,4 +166,5 @@ def _result(event: BatchOutcome | Exception) -> Iterator[str]:
 
 
 def _line(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n"
+    # In ASCII: there are more line ends in Unicode than one, at which many a client would split.
+    return json.dumps(fields, separators=(",", ":")) + "\n"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import Depends, Header, Request, Response
+from pydantic import BeforeValidator
 
 from service.engine import Engine, Published, RevisionMismatch
 
@@ -22,9 +23,21 @@ def current_writer(request: Request) -> Engine:
     return engine
 
 
+def _as_sent(value: str | None) -> str | None:
+    """Headers are read as Latin-1, but most clients send UTF-8."""
+    try:
+        return value and value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
 Loaded = Annotated[Engine, Depends(current_engine)]
 Writable = Annotated[Engine, Depends(current_writer)]
-Actor = Annotated[str | None, Header(alias="X-Actor", max_length=200, description="Who asks; kept in the ledger.")]
+Actor = Annotated[
+    str | None,
+    BeforeValidator(_as_sent),
+    Header(alias="X-Actor", max_length=200, description="Who asks; kept in the ledger."),
+]
 IfMatch = Annotated[str | None, Header(alias="If-Match", description="Only at this revision (its ETag).")]
 IdempotencyKey = Annotated[
     str | None,

@@ -133,6 +133,11 @@ class TestAsJsonLines:
         live = client.get("/revision").json()
         assert (live["revision"], live["digest"]) == (batch["revision"], batch["digest"])
 
+    def test_are_lines_to_whoever_splits_at_any_line_end(self, client, bodies):
+        odd = [{**bodies[0], "reason": "\u2028"}, {**bodies[1], "prompt": f"{bodies[1]['prompt']}\u2028"}]
+        answer = client.post("/edits/batch", params={"partial": "true"}, content=as_lines(odd), headers=LINES)
+        assert all(json.loads(line) for line in answer.text.splitlines())
+
     def test_says_the_same_as_json(self, client, bodies):
         params = {"dry_run": "true"}
         as_json = client.post("/edits/batch", params=params, json={"edits": list(bodies)}).json()

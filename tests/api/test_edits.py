@@ -94,6 +94,11 @@ class TestPostEdits:
         assert edit["after"]["text"].startswith(said["text"])
         assert client.get("/model").json()["active_edits"] == 1
 
+    @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+    def test_keeps_who_asked_as_it_was_sent(self, client, body, encoding):
+        made = client.post("/edits", json=body, headers={b"X-Actor": "Jürgen".encode(encoding)}).json()
+        assert client.get(f"/edits/{made['id']}").json()["actor"] == "Jürgen"
+
     def test_of_what_is_true_already_answers_200_and_changes_nothing(self, client, body):
         made = client.post("/edits", json=body).json()
         answer = client.post("/edits", json=body)
