@@ -75,12 +75,18 @@ class Replay:
 
     @classmethod
     def of(cls, client: redis.Redis) -> Replay:
-        keys = {key.rpartition(b":")[2].decode(): key for key in client.scan_iter("mend:{*}:*")}
-        if len({key.rpartition(b":")[0] for key in keys.values()}) > 1:
-            return cls([], {}, [f"more than one ledger: {sorted(keys.values())}"])
-        stored = dict(enumerate(_snapshot(client.get(keys["snapshot"])) if "snapshot" in keys else (), 1))
+        namespaces = {key.rpartition(b":")[0] for key in client.scan_iter("mend:{*}:*")}
+        if not namespaces:
+            return cls([], {}, [])
+        if len(namespaces) > 1:
+            return cls([], {}, [f"more than one ledger: {sorted(namespaces)}"])
+        (namespace,) = namespaces
+        with client.pipeline(transaction=True) as at_once:  # it may be compacted at any moment
+            at_once.get(namespace + b":snapshot").xrange(namespace + b":entries").hgetall(namespace + b":factors")
+            snapshot, stream, factors = at_once.execute()
+        stored = dict(enumerate(_unpacked(snapshot) if snapshot else (), 1))
         problems = []
-        for entry_id, fields in client.xrange(keys["entries"]) if "entries" in keys else ():
+        for entry_id, fields in stream:
             sequence, own = int(entry_id.split(b"-")[0]), (fields[b"entry"], fields[b"chain"])
             if stored.setdefault(sequence, own) != own:
                 problems.append(f"entry {sequence} is another one in the snapshot than in the stream")
@@ -90,7 +96,6 @@ class Replay:
             if (sequence, chain.decode(), json.loads(raw)["sequence"]) != (expected, link, expected):
                 problems.append(f"the chain breaks at entry {expected}")
                 break
-        factors = client.hgetall(keys["factors"]) if "factors" in keys else {}
         return cls(
             [json.loads(raw) for _, (raw, _) in sorted(stored.items())],
             {int(sequence): raw for sequence, raw in factors.items()},
@@ -121,7 +126,7 @@ def _sha256(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _snapshot(packed: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _unpacked(packed: bytes) -> Iterator[tuple[bytes, bytes]]:
     _, _, body = packed.partition(b"\n")
     for line in zlib.decompress(body).splitlines():
         chain, _, raw = line.partition(b" ")

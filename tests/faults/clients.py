@@ -179,9 +179,9 @@ class Record:
         """Requests whose outcome was unknown and is known by now."""
         return sum(bool(ask.unknown) and ask.verdict != "unknown" for ask in self.asks)
 
-    def write(self, path: Path) -> None:
-        """For whoever looks into a loss."""
-        told = {"asks": [asdict(ask) for ask in self.asks], "seen": sorted(self.seen)}
+    def write(self, path: Path, losses: Sequence[str]) -> None:
+        """For whoever looks into losses."""
+        told = {"losses": losses, "asks": [asdict(ask) for ask in self.asks], "seen": sorted(self.seen)}
         path.write_text(json.dumps(told, indent=1))
 
     def __str__(self) -> str:

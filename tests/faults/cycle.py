@@ -41,7 +41,7 @@ def run_cycle(fault: Fault, seed: int, folder: Path, model: Model) -> Result:
             losses = [f"after another SIGKILL: {each}" for each in find_losses(scene, record, model)]
     result = Result(fault, seed, folder, record.acknowledged_edits, record.resolved, str(record), losses)
     if losses:
-        record.write(folder / "record.json")
+        record.write(folder / "record.json", losses)
     else:
         shutil.rmtree(folder)
     return result

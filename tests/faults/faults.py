@@ -163,7 +163,7 @@ def fill_disk_of_other(scene: Scene, record: Record, rng: Random) -> None:
         client.config_set("appendfsync", "everysec")
     services = [scene.service, *([scene.add()] if rng.random() < 0.5 else [])]
     with clients(record, rng, *services):
-        time.sleep(rng.uniform(1.1, 2.5))
+        time.sleep(rng.uniform(0.3, 1.5))
         with full_disk(scene, rng, scene.redis):
             time.sleep(rng.uniform(0.5, 4.0))
             if rng.random() < 0.5:
@@ -298,10 +298,16 @@ def await_back(scene: Scene) -> None:
         time.sleep(0.05)
 
 
-FAULTS = (
-    *(Fault(f"SIGKILL of the service at every step of {what}", die_at_every_step(kind)) for kind, what in (
-        ("edit", "an edit"), ("batch", "a batch"), ("rollback", "a rollback"), ("supersede", "an edit that supersedes"),
-    )),
+AT_EVERY_STEP = tuple(
+    Fault(f"SIGKILL of the service at every step of {what}", die_at_every_step(kind))
+    for kind, what in {
+        "edit": "an edit",
+        "batch": "a batch",
+        "rollback": "a rollback",
+        "supersede": "an edit that supersedes",
+    }.items()
+)
+AT_RANDOM = (
     Fault("SIGKILL of the service at a random moment", die_at_any_moment),
     Fault("SIGKILL of the service while it replays", die_replaying),
     Fault("SIGKILL of one of two services", kill_one_of_two, beside=True),
@@ -309,10 +315,10 @@ FAULTS = (
     Fault("SIGKILL of the service and of redis-server at once", kill_both),
     Fault("SIGKILL while the ledger is compacted", die_compacting, environment=COMPACTING),
     Fault("full disk (writes fail), embedded Redis", fill_disk_of_embedded),
-    Fault("full disk (writes fail), Redis with everysec", fill_disk_of_other, beside=True,
-          options="?socket_timeout=2"),
+    Fault("full disk (writes fail), Redis with everysec", fill_disk_of_other, beside=True, options="?socket_timeout=2"),
     Fault("frozen Redis", freeze_redis, beside=True, options="?socket_timeout=1", failpoint="send=sleep:0.2"),
     Fault("connection to Redis cut inside an append", cut_connections, proxied=True),
     Fault("Redis out of memory", run_redis_out_of_memory, beside=True),
     Fault("client gone before the answer", hang_up),
-)  # fmt: skip
+)
+FAULTS = AT_EVERY_STEP + AT_RANDOM

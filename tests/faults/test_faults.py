@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.check import Model
 from tests.faults.cycle import Result, run_cycle
-from tests.faults.faults import FAULTS, Fault, Missed
+from tests.faults.faults import AT_RANDOM, FAULTS, Fault, Missed
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -41,5 +41,5 @@ def test_loses_nothing_by(fault: Fault, models: tuple[Model, Model], tmp_path: P
 @pytest.mark.parametrize("number", range(12))
 def test_loses_nothing_at_random(number: int, models: tuple[Model, Model], tmp_path: Path) -> None:
     seed = SystemRandom().getrandbits(32)
-    result = strike(Random(seed).choice(FAULTS), seed, tmp_path / "cycle", models)
+    result = strike(Random(seed).choice(AT_RANDOM), seed, tmp_path / "cycle", models)
     assert not result.losses, result
