@@ -1,8 +1,8 @@
 """Wire everything together: settings -> base model, editor, ledger -> engine -> HTTP. The only place that does.
 
 One keeper thread loads the model, replays the ledger and then follows it, so that the port answers (`/livez`, and 503
-with a reason) from the first moment. Another one audits the edits from time to time, and compacts the ledger. What
-fails while loading ends the process with one clear line.
+with a reason) from the first moment. Others audit the edits from time to time and compact the ledger, and roll back
+what expires. What fails while loading ends the process with one clear line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from datetime import UTC, datetime
 
 import torch
 from fastapi import FastAPI
@@ -21,9 +22,10 @@ from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
-from service.api import batch, metrics, problems
+from service.api import batch, metrics, problems, rollbacks
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
+from service.api.waiting import Waiting
 from service.engine import EditorChanged, Engine, EngineError, Limits, NotReady, read_guard_prompts
 from service.ledger import (
     EmbeddedRedis,
@@ -43,6 +45,8 @@ WATCH_EVERY_S = 1.0
 """Between two looks at whether Redis is well, at most; what other services append is followed at once."""
 BUSY_WAIT_S = 0.1
 LOADING_ENDS_WITHIN_S = 10.0
+EXPIRY_EVERY_S = 0.25
+"""Between two looks at which edit expires next, at most."""
 HOUSEKEEPING_EVERY_S = 10.0
 """Between two looks at whether there is anything to audit or to compact."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,6 +87,7 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         ledger.inspect()
         engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
         engine.catch_up()
+        engine.expire()
         unasked = settings.editor is None and engine.published.revision == 0
         _look_for_others(ledger, model, checkpoint, own, required=unasked)
         yield engine, embedded
@@ -143,6 +148,7 @@ class Service:
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
+        self._expirer = threading.Thread(target=self._expire, name="expirer", daemon=True)
         self.failure: str | None = None
 
     def start(self) -> None:
@@ -152,8 +158,9 @@ class Service:
         """End in order; what is still being loaded is waited for a little only."""
         self._stopping.set()
         self._keeper.join(None if self._engine else LOADING_ENDS_WITHIN_S)
-        if self._housekeeper.ident is not None:
-            self._housekeeper.join()
+        for thread in (self._housekeeper, self._expirer):
+            if thread.ident is not None:
+                thread.join()
 
     @property
     def engine(self) -> Engine | None:
@@ -213,6 +220,7 @@ class Service:
             )
             self._on_ready()
             self._housekeeper.start()
+            self._expirer.start()
             while not self._stopping.is_set():
                 self._watch(self._engine)
                 self._await_news(self._engine)
@@ -241,6 +249,25 @@ class Service:
                 logger.exception("the audit failed")
             if self._settings.compact_every and not self._trouble:
                 self._compact(self._engine)
+
+    def _expire(self) -> None:
+        """Roll back what expires, when it does. Whoever is behind a change that takes long is late."""
+        while not self._stopping.wait(self._until_expiry_s(self._engine)):
+            try:
+                for edit in self._engine.expire():
+                    logger.info("edit %s has expired and was rolled back", edit.id)
+            except (EngineError, LedgerError) as error:  # the next time may go well
+                logger.warning("what has expired was not rolled back: %s", error)
+                self._stopping.wait(WATCH_EVERY_S)
+            except Exception:
+                logger.exception("what has expired was not rolled back")
+                self._stopping.wait(WATCH_EVERY_S)
+
+    def _until_expiry_s(self, engine: Engine) -> float:
+        """Not for long, since another edit may come that expires earlier."""
+        due = engine.history.next_expiry()
+        left_s = (due - datetime.now(UTC)).total_seconds() if due else EXPIRY_EVERY_S
+        return min(max(left_s, 0.0), EXPIRY_EVERY_S)
 
     def _compact(self, engine: Engine) -> None:
         try:
@@ -315,10 +342,11 @@ def create_app(
         summary="Correct facts in a language model that is already serving.",
         lifespan=lifespan,
     )
-    app.state.service = service
+    app.state.service, app.state.waiting = service, Waiting()
     app.add_middleware(LimitsMiddleware, batch_edits=settings.max_batch)
     app.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
     app.include_router(router)
+    app.include_router(rollbacks.router)
     app.include_router(metrics.router)
     problems.install(app, EngineError, LedgerError, EditorsError)
 

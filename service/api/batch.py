@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -23,7 +23,8 @@ from service.api.headers import Actor, IdempotencyKey, IfMatch, Writable, expect
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
 from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of
-from service.api.views import BatchItem, BatchSummary, BatchView
+from service.api.views import BatchItem, BatchSummary, BatchView, Pending
+from service.api.waiting import Waited
 from service.engine import BatchOutcome, Tell
 
 JSON, JSON_LINES = "application/json", "application/x-ndjson"
@@ -82,6 +83,7 @@ def _valid(kind: type[Body], data: Any, *where: str | int) -> Body:
     response_model=BatchView,
     responses={
         200: {"model": BatchView, "description": "Nothing was changed: all true already, or a dry run; or JSON Lines"},
+        202: {"model": Pending, "description": "Not done within `wait` seconds"},
         **responses(400, 409, 412, 413, 422, 503),
     },
     openapi_extra={
@@ -98,6 +100,7 @@ def post_batch(
     edits: Annotated[list[EditBody], Depends(batch_edits)],
     lines: Lines,
     engine: Writable,
+    waiting: Waited,
     response: Response,
     query: Annotated[BatchQuery, Query()],
     actor: Actor = None,
@@ -116,9 +119,14 @@ def post_batch(
     def apply(tell: Tell) -> BatchOutcome:
         return engine.apply_batch(requests, expected_revision=revision, tell=tell, **query.model_dump())
 
+    if lines and query.wait is not None:
+        said = "is for a body in JSON; an answer in JSON Lines tells of its progress by itself"
+        raise RequestValidationError([{"type": "wait", "loc": ("query", "wait"), "msg": said}])
     if lines:
         return StreamingResponse(told(apply), 200, media_type=JSON_LINES)
-    outcome = apply(lambda step, done, of: None)
+    outcome = waiting.made(idempotency_key, digest, query.wait, lambda: apply(lambda step, done, of: None))
+    if isinstance(outcome, JSONResponse):
+        return outcome
     if not outcome.committed:
         response.status_code = 200
     time_it(response, outcome.publish_ms)

@@ -27,11 +27,16 @@ STATUS_BY_CODE = {
     "invalid_utf8": 400,
     "not_found": 404,
     "edit_not_found": 404,
+    "revision_not_found": 404,
+    "tag_not_found": 404,
     "method_not_allowed": 405,
     "already_rolled_back": 409,
     "edit_conflict": 409,
+    "kill_switch_engaged": 409,
     "ledger_conflict": 409,
     "nothing_to_export": 409,
+    "request_in_flight": 409,
+    "revision_not_restorable": 409,
     "state_full": 409,
     "would_break_edits": 409,
     "revision_mismatch": 412,
@@ -39,6 +44,7 @@ STATUS_BY_CODE = {
     "batch_too_large": 413,
     "body_too_large": 413,
     "invalid_request": 422,
+    "already_expired": 422,
     "empty_text": 422,
     "unknown_label": 422,
     "subject_not_found": 422,
@@ -74,7 +80,8 @@ _BY_STATUS = {400: "malformed_body", 404: "not_found", 405: "method_not_allowed"
 def problem(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> JSONResponse:
     """An answer that says what was wrong and what to do."""
     status = STATUS_BY_CODE[code]
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    later = status == HTTPStatus.SERVICE_UNAVAILABLE or code == "request_in_flight"
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if later else None
     return JSONResponse(described(code, detail, facts), status, headers, MEDIA_TYPE)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from fastapi import Path
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from editors.formats import ExportFormat
-from service.engine import EditRequest, OnConflict
+from service.engine import EditRequest, Note, OnConflict
 
 MAX_TEXT = 100_000
 """Characters of any one text; the limit that matters is in tokens, this one spares tokenising nonsense."""
@@ -66,6 +68,11 @@ class EditBody(_Request):
     keep: list[Text] = Field([], max_length=32, description="Prompts whose answers must stay, judged and reported.")
     reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
     metadata: dict[str, JsonValue] = Field({}, description="Anything of the caller's own; kept in the ledger.")
+    expires_at: AwareDatetime | None = Field(
+        None,
+        description="When it is rolled back by itself, in RFC 3339.",
+        examples=["2030-01-01T00:00:00Z"],
+    )
 
     @field_validator("prompt", "correction", "subject")
     @classmethod
@@ -76,6 +83,21 @@ class EditBody(_Request):
     @classmethod
     def _texts_are_not_blank(cls, value: list[str]) -> list[str]:
         return [_not_blank(text) for text in value]
+
+    @field_validator("expires_at", mode="before")
+    @classmethod
+    def _is_a_text(cls, value: Any) -> Any:
+        if not isinstance(value, str | None):
+            raise ValueError("must be a text such as 2030-01-01T00:00:00Z")
+        return value
+
+    @field_validator("expires_at")
+    @classmethod
+    def _in_utc(cls, value: datetime | None) -> datetime | None:
+        try:
+            return value and value.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("must be a time between the years 1 and 9999") from None
 
     @field_validator("metadata", mode="before")
     @classmethod
@@ -104,6 +126,7 @@ class EditBody(_Request):
             keep=tuple(self.keep),
             reason=self.reason,
             metadata=self.metadata,
+            expires_at=self.expires_at,
             actor=actor,
             idempotency_key=idempotency_key,
             request_digest=request_digest if idempotency_key else None,
@@ -125,6 +148,13 @@ class EditQuery(_Request):
         "make this one beside it, if both hold.",
     )
     allow_loss: bool = Field(False, description="Commit although earlier edits would no longer hold.")
+    wait: float | None = Field(
+        None,
+        ge=0,
+        le=600,
+        exclude=True,  # no part of what is asked
+        description="Seconds until 202, if it takes longer; the same request with the same Idempotency-Key asks again.",
+    )
 
 
 class BatchBody(_Request):
@@ -139,14 +169,71 @@ class BatchQuery(EditQuery):
     partial: bool = Field(False, description="Make those that can be made, not all or none.")
 
 
-class RollbackQuery(_Request):
+Reason = Annotated[str | None, Field(max_length=2000, description="Why; kept in the ledger.")]
+
+
+def note_of(actor: str | None, idempotency_key: str | None, reason: str | None, *asked: Any) -> Note:
+    """Who asks and why. asked: what is asked for, by which a repeated request is known."""
+    digest = hashlib.sha256(json.dumps([*asked, reason]).encode()).hexdigest()
+    kind = asked[0]
+    return Note(actor, reason, idempotency_key, f"{kind}:{digest}" if idempotency_key else None)
+
+
+class DryRunQuery(_Request):
+    """Whether to do it."""
+
+    dry_run: bool = Field(False, description="Show what would change, but do not change it.")
+
+
+class RollbackQuery(DryRunQuery):
     """What to remember of a rollback."""
 
-    reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
+    reason: Reason = None
 
-    def digest_of(self, edit_id: str) -> str:
-        """By which a repeated rollback is known."""
-        return f"rollback:{hashlib.sha256(json.dumps([edit_id, self.reason]).encode()).hexdigest()}"
+
+class RestoreBody(_Request):
+    """Where to go back to: a revision, or one by its tag."""
+
+    revision: int | None = Field(None, ge=0, lt=2**53, description="0 is the base, without any edit.")
+    tag: str | None = Field(None, max_length=64)
+    reason: Reason = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if (self.revision is None) == (self.tag is None):
+            raise ValueError("give either a revision or a tag")
+        return self
+
+    @property
+    def to(self) -> int | str:
+        return self.revision if self.tag is None else self.tag
+
+
+class ReasonBody(_Request):
+    """What to remember of it."""
+
+    reason: Reason = None
+
+
+class TagBody(ReasonBody):
+    """What to name."""
+
+    revision: int | None = Field(None, ge=0, lt=2**53, description="Without it, the live one.")
+
+
+class ReasonQuery(_Request):
+    """What to remember of it."""
+
+    reason: Reason = None
+
+
+TagName = Annotated[
+    str,
+    Path(
+        pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,63}$",
+        description="Begins with a letter; then letters, digits, `.`, `_`, `-`; 64 at most.",
+    ),
+]
 
 
 class RevisionQuery(_Request):

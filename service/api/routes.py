@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -21,7 +21,9 @@ from service.api.requests import (
     RevisionQuery,
     RollbackQuery,
     digest_of,
+    note_of,
 )
+from service.api.rollback_views import RollbackView
 from service.api.views import (
     AuditSummary,
     AuditView,
@@ -35,10 +37,11 @@ from service.api.views import (
     Health,
     ModelView,
     OneView,
+    Pending,
     RevisionView,
-    RollbackView,
     Usage,
 )
+from service.api.waiting import Waited
 from service.engine import Engine, Published, Sampling, TextTooLong
 
 router = APIRouter()
@@ -50,26 +53,36 @@ MIN_TEMPERATURE = 1e-6
     status_code=201,
     response_model=EditView,
     responses={200: {"model": EditView, "description": "Nothing was changed: already true, or a dry run"},
+               202: {"model": Pending, "description": "Not done within `wait` seconds"},
                **responses(400, 409, 412, 413, 422, 503)},
 )  # fmt: skip
 def post_edit(
     body: EditBody,
     engine: Writable,
+    waiting: Waited,
     response: Response,
     query: Annotated[EditQuery, Query()],
     actor: Actor = None,
     if_match: IfMatch = None,
     idempotency_key: IdempotencyKey = None,
-) -> EditView:
+) -> Any:
     """Correct a fact: stage it, judge it, write it to the ledger, publish it.
 
     201 with the edit; 200 when the model already answers so, or for a dry run; 422 with the measurements when the
     edit does not take or would break the guard's budget, 409 when it would break earlier edits: then nothing was
     changed. An edit of the same prompt is superseded, and comes back when this one is rolled back.
     """
-    request = body.as_request(actor, idempotency_key, digest_of(body, query))
+    digest = digest_of(body, query)
+    request = body.as_request(actor, idempotency_key, digest)
     revision = expected_revision(if_match, engine)
-    outcome = engine.apply(request, expected_revision=revision, **query.model_dump())
+    outcome = waiting.made(
+        idempotency_key,
+        digest,
+        query.wait,
+        lambda: engine.apply(request, expected_revision=revision, **query.model_dump()),
+    )
+    if isinstance(outcome, JSONResponse):
+        return outcome
     if not outcome.committed:
         response.status_code = 200
     time_it(response, outcome.publish_ms)
@@ -129,25 +142,14 @@ def delete_edit(
     if_match: IfMatch = None,
     idempotency_key: IdempotencyKey = None,
 ) -> RollbackView:
-    """Roll one edit back, exactly; what it superseded comes back. The ledger keeps both the edit and its rollback."""
-    edit = engine.rollback(
-        edit_id,
-        reason=query.reason,
-        actor=actor,
-        expected_revision=expected_revision(if_match, engine),
-        idempotency_key=idempotency_key,
-        request_digest=query.digest_of(edit_id) if idempotency_key else None,
-    )
-    by = edit.rolled_back
-    tag(response, by.sequence)
-    return RollbackView(
-        id=edit.id,
-        revision=by.sequence,
-        digest=by.state_digest,
-        active_edits=len(engine.history.active_at(by.sequence)),
-        revived=list(edit.revived),
-        edit=EditView.of_edit(edit),
-    )
+    """Roll one edit back, exactly; what it superseded comes back. The ledger keeps both the edit and its rollback.
+
+    `dry_run=true` shows what would change, with the answers before and after.
+    """
+    note = note_of(actor, idempotency_key, query.reason, "rollback", edit_id, query.dry_run)
+    done = engine.rollback(edit_id, note, expected_revision=expected_revision(if_match, engine), dry_run=query.dry_run)
+    tag(response, done.revision)
+    return RollbackView.of(done, engine.history.find(edit_id))
 
 
 @router.get("/generate", responses=responses(400, 412, 422, 503))
@@ -215,6 +217,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
         digest=published.digest,
         capacity=CapacityView.of(published.fullness),
         audit=engine.last_audit and AuditSummary.of(engine.last_audit),
+        kill_switch_engaged=engine.history.killed is not None,
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
     )

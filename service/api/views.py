@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal, Self
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from service.api.requests import EditBody
 from service.engine import Audit, BatchOutcome, Capacity, ItemStatus, Outcome, Published
 from service.engine.history import Edit
+from service.ledger import Restored, RolledBack
 
 
 class Answer(BaseModel):
@@ -53,13 +55,30 @@ class Checks(BaseModel):
 
 
 class RolledBackBy(BaseModel):
-    """revived: edits that came back, since this one no longer supersedes them."""
+    """revived: edits that came back, since this one no longer supersedes them. expired: its time had come.
+
+    to_revision: it was taken back together with others, to restore this one.
+    """
 
     revision: int
     at: datetime
     reason: str | None
     actor: str | None
     revived: list[str] = []
+    expired: bool = False
+    to_revision: int | None = None
+
+    @classmethod
+    def of(cls, entry: RolledBack | Restored, revived: Sequence[str]) -> Self:
+        return cls(
+            revision=entry.sequence,
+            at=entry.created_at,
+            reason=entry.reason,
+            actor=entry.actor,
+            revived=list(revived),
+            expired=isinstance(entry, RolledBack) and entry.expired,
+            to_revision=entry.revision if isinstance(entry, Restored) else None,
+        )
 
 
 class EditView(BaseModel):
@@ -79,6 +98,7 @@ class EditView(BaseModel):
     actor: str | None = None
     metadata: dict[str, JsonValue] = {}
     created_at: datetime | None = None
+    expires_at: datetime | None = None
     scale: float | None
     digest: str | None
     timings_ms: dict[str, float]
@@ -105,6 +125,7 @@ class EditView(BaseModel):
             actor=applied.actor,
             metadata=applied.metadata,
             created_at=applied.created_at,
+            expires_at=applied.expires_at,
             scale=applied.scale,
             digest=applied.state_digest,
             timings_ms=applied.timings_ms,
@@ -114,10 +135,7 @@ class EditView(BaseModel):
             supersedes=list(applied.supersedes),
             superseded_by=edit.superseded_by,
             batch=place and InBatchView(id=place.id, position=place.position, size=place.size),
-            rolled_back=by
-            and RolledBackBy(
-                revision=by.sequence, at=by.created_at, reason=by.reason, actor=by.actor, revived=list(edit.revived)
-            ),
+            rolled_back=by and RolledBackBy.of(by, edit.revived),
         )
 
     @classmethod
@@ -284,23 +302,18 @@ class AuditView(AuditSummary):
         )
 
 
+class Pending(BaseModel):
+    """A change that goes on; the same request again tells what came of it."""
+
+    status: Literal["pending"] = "pending"
+    detail: str
+
+
 class EditPage(BaseModel):
     """next_cursor: for the following page; null at the end."""
 
     items: list[EditView]
     next_cursor: str | None
-
-
-class RollbackView(BaseModel):
-    """The state after a rollback, the edit that was taken back, and those that came back in its place."""
-
-    id: str
-    status: Literal["rolled_back"] = "rolled_back"
-    revision: int
-    digest: str
-    active_edits: int
-    revived: list[str]
-    edit: EditView
 
 
 class Usage(BaseModel):
@@ -372,6 +385,7 @@ class ModelView(BaseModel):
     digest: str
     capacity: CapacityView
     audit: AuditSummary | None
+    kill_switch_engaged: bool
     device: str
     dtype: str
 

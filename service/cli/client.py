@@ -309,7 +309,7 @@ def _told(answer: httpx.Response) -> dict[str, Any]:
 
 
 def _trouble(problem: dict[str, Any], retry_after_s: float = 0) -> ServiceError:
-    if problem["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
+    if problem["status"] == HTTPStatus.SERVICE_UNAVAILABLE or problem["code"] == "request_in_flight":
         body, unknown = json.dumps(problem, ensure_ascii=False), problem["code"] != "not_ready"
         return NotNow(told_problem(problem), body, retry_after_s=retry_after_s, unknown=unknown)
     return Refused(told_problem(problem), problem)

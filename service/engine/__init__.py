@@ -17,6 +17,7 @@ from service.engine.errors import (
     EditorChanged,
     EditRefused,
     EngineError,
+    IdempotencyKeyReused,
     NotReady,
     RevisionMismatch,
     StateFull,
@@ -24,7 +25,9 @@ from service.engine.errors import (
     WouldBreakEdits,
 )
 from service.engine.guard import read_guard_prompts
-from service.engine.requests import EditRequest, Limits, OnConflict, Outcome, Published
+from service.engine.history import Edit
+from service.engine.requests import EditRequest, Limits, Note, OnConflict, Outcome, Published
+from service.engine.rollbacks import Reversal
 
 __all__ = [
     "AlreadyRolledBack",
@@ -35,6 +38,7 @@ __all__ = [
     "Capacity",
     "DidNotTake",
     "DrawdownExceeded",
+    "Edit",
     "EditConflict",
     "EditNotFound",
     "EditRefused",
@@ -42,12 +46,15 @@ __all__ = [
     "EditorChanged",
     "Engine",
     "EngineError",
+    "IdempotencyKeyReused",
     "ItemStatus",
     "Limits",
     "NotReady",
+    "Note",
     "OnConflict",
     "Outcome",
     "Published",
+    "Reversal",
     "RevisionMismatch",
     "Sampling",
     "StateFull",

@@ -7,8 +7,8 @@ What is published is what the ledger holds: an entry is durable before it is liv
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +24,11 @@ from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell
 from service.engine.batch_items import BatchOutcome, Item, made_batch
 from service.engine.errors import (
+    AlreadyExpired,
+    AlreadyRolledBack,
     BatchTooLarge,
-    Busy,
     IdempotencyKeyReused,
+    KillSwitchEngaged,
     LedgerDiverged,
     RevisionMismatch,
     RevisionNotReached,
@@ -39,20 +41,21 @@ from service.engine.history import Edit, History
 from service.engine.journal import Journal
 from service.engine.judge import Judge
 from service.engine.proposal import Proposer
-from service.engine.requests import EditRequest, Limits, OnConflict, Outcome, Published, Terms
+from service.engine.requests import EditRequest, Limits, Note, OnConflict, Outcome, Published, Terms
+from service.engine.rollbacks import Reversal, Target, engage, put_tag, release, remove_tag, restore, roll_back
 from service.engine.single import make_edit, repeated_edit
 from service.engine.texts import Texts
+from service.engine.turns import Places, Turns
 from service.engine.weights import Proof, Weights
 from service.engine.workshop import Workshop
-from service.ledger import Compacted, LedgerConflict, RedisLedger, RolledBack
+from service.ledger import Compacted, LedgerConflict, RedisLedger, Restored, RolledBack, Tagged
 
 Which = Literal["live", "base"]
 Changed = TypeVar("Changed")
 MAX_RACES = 10
 """How often an edit is judged again because another writer was first."""
-MAX_WAITING = 12
-"""Changes that wait for the one under way, and readers that wait for a revision, at most of each: every one holds a
-thread, of which generation needs some too."""
+NOTHING = Note()
+EXPIRED = Note(reason="expired")
 
 
 class Engine:
@@ -88,8 +91,7 @@ class Engine:
             Judge(base, self.weights, answers, guard, held, self.limits),
             checkpoint.margin_nats,
         )
-        self._writing = threading.RLock()
-        self._queue, self._awaiting = (threading.BoundedSemaphore(MAX_WAITING) for _ in range(2))
+        self._turns, self._awaiting = Turns(), Places("requests for a later revision")
         self._contradiction: LedgerDiverged | None = None
 
     # Reading
@@ -153,13 +155,15 @@ class Engine:
         terms = Terms(dry_run, on_conflict, allow_loss)
 
         def attempt() -> Outcome:
-            made = self._repeated(request.idempotency_key, request.request_digest)
+            made = self._repeated_of(request)
             if made:
                 return repeated_edit(made)
             self._expect(expected_revision)
+            self._require_released()
+            _require_time(request)
             return make_edit(self._workshop, request, tokens, terms)
 
-        return self._behind_others(attempt)
+        return self._behind_others(attempt, request)
 
     def apply_batch(
         self,
@@ -186,63 +190,117 @@ class Engine:
         batch = Batch(self._workshop, items, Terms(dry_run, on_conflict, allow_loss, partial), tell)
 
         def attempt() -> BatchOutcome:
-            made = self._repeated(requests[0].idempotency_key, requests[0].request_digest)
+            made = self._repeated_of(requests[0])
             if made:
                 entries = [each.applied for each in self.history.batch(made.batch.id)]
                 return replace(made_batch(entries), replayed=True)
             self._expect(expected_revision)
+            self._require_released()
             return batch.make()
 
-        return self._behind_others(attempt)
+        return self._behind_others(attempt, requests[0])
 
     def _item(self, index: int, request: EditRequest) -> Item:
         try:
+            _require_time(request)
             return Item(index, request, self._texts.encode(request))
-        except (EditorsError, TextTooLong) as error:
+        except (EditorsError, AlreadyExpired, TextTooLong) as error:
             return Item(index, request, invalid=error)
 
     def rollback(
-        self,
-        edit_id: str,
-        *,
-        reason: str | None = None,
-        actor: str | None = None,
-        expected_revision: int | None = None,
-        idempotency_key: str | None = None,
-        request_digest: str | None = None,
-    ) -> Edit:
-        """Take one edit back, bit for bit, and bring back what it superseded.
+        self, edit_id: str, note: Note = NOTHING, *, expected_revision: int | None = None, dry_run: bool = False
+    ) -> Reversal:
+        """Take one edit back, bit for bit, and bring back what it superseded, or find out what that would do.
 
         One that is superseded itself leaves the state as it is.
         Raises EditNotFound, AlreadyRolledBack, RevisionMismatch, IdempotencyKeyReused, LedgerUnavailable.
         """
 
-        def attempt() -> Edit:
-            made = self._repeated(idempotency_key, request_digest)
+        def attempt() -> Reversal:
+            return roll_back(self._workshop, edit_id, note, dry_run=dry_run)
+
+        return self._reversal(self._once(attempt, note, expected_revision))
+
+    def restore(
+        self, to: int | str, note: Note = NOTHING, *, expected_revision: int | None = None, dry_run: bool = False
+    ) -> Reversal:
+        """Make exactly those edits stand that stood at a revision, or that of a tag, but for what expired since.
+
+        to: 0 is the base. Raises as `rollback` does; RevisionNotFound, TagNotFound, RevisionNotRestorable.
+        """
+
+        def attempt() -> Reversal:
+            target = Target(self.history.tag(to).revision, to) if isinstance(to, str) else Target(to)
+            return restore(self._workshop, target, note, dry_run=dry_run)
+
+        return self._reversal(self._once(attempt, note, expected_revision))
+
+    def kill(self, note: Note = NOTHING, *, expected_revision: int | None = None) -> Restored:
+        """Serve the base, and make no change until `revive`. Returns the entry that says so. Raises as `restore`."""
+        return self._once(lambda: engage(self._workshop, note), note, expected_revision, killed_or_not=True)
+
+    def revive(self, note: Note = NOTHING, *, expected_revision: int | None = None) -> Restored | None:
+        """Serve again what was served before `kill`, but for what expired since; None if nothing was killed."""
+        return self._once(lambda: release(self._workshop, note), note, expected_revision, killed_or_not=True)
+
+    def tag(
+        self, name: str, revision: int | None = None, note: Note = NOTHING, *, expected_revision: int | None = None
+    ) -> Tagged:
+        """Name a revision, by default the live one, so that it can be restored however much is compacted.
+
+        Raises RevisionNotFound, RevisionNotRestorable; RevisionMismatch, IdempotencyKeyReused, LedgerUnavailable.
+        """
+        return self._once(
+            lambda: put_tag(self._workshop, name, revision, note), note, expected_revision, killed_or_not=True
+        )
+
+    def untag(self, name: str, note: Note = NOTHING, *, expected_revision: int | None = None) -> Tagged:
+        """Take a name away; what it named stays. Raises TagNotFound, and as `tag` does."""
+        return self._once(lambda: remove_tag(self._workshop, name, note), note, expected_revision, killed_or_not=True)
+
+    def expire(self) -> list[Edit]:
+        """Roll back the edits whose time has come. Returns them. Raises Busy, LedgerUnavailable."""
+        due = self.history.next_expiry()
+        if due is None or due > datetime.now(UTC):
+            return []
+        done = []
+        for edit in self.history.expired(datetime.now(UTC)):
+
+            def attempt(edit_id: str = edit.id) -> Reversal:
+                return roll_back(self._workshop, edit_id, EXPIRED, expired=True)
+
+            with suppress(AlreadyRolledBack):  # by another service, which has a clock too
+                self._behind_others(attempt, EXPIRED)
+                done.append(edit)
+        return done
+
+    def _once(
+        self,
+        attempt: Callable[[], Changed],
+        note: Note,
+        expected_revision: int | None,
+        *,
+        killed_or_not: bool = False,
+    ) -> Changed | Any:
+        """What a change comes to, or the entry of an earlier request for it."""
+
+        def once() -> Changed | Any:
+            made = self._repeated_of(note)
             if made:
-                return self.history.find(made.edit_id)
-            change = self.history.rolling_back(edit_id)
+                return made
             self._expect(expected_revision)
-            leaving, returning = self._journal.factors(change.leaving), self._journal.factors(change.returning)
-            with self.weights.staged(add=returning, remove=leaving):
-                entry = RolledBack(
-                    sequence=self.published.revision + 1,
-                    edit_id=edit_id,
-                    created_at=datetime.now(UTC),
-                    actor=actor,
-                    reason=reason,
-                    state_digest=self.weights.state.digest(),
-                    idempotency_key=idempotency_key,
-                    request_digest=request_digest,
-                )
-                self._journal.commit((entry, b""))
-            return self.history.find(edit_id)
+            if not killed_or_not:
+                self._require_released()
+            return attempt()
 
-        return self._behind_others(attempt)
+        return self._behind_others(once, note)
 
-    def _behind_others(self, attempt: Callable[[], Changed]) -> Changed:
+    def _reversal(self, done: Reversal | RolledBack | Restored) -> Reversal:
+        return done if isinstance(done, Reversal) else Reversal.of(done, self.history)
+
+    def _behind_others(self, attempt: Callable[[], Changed], asked: EditRequest | Note) -> Changed:
         """Make a change after everything that the ledger holds; once more if another writer was first meanwhile."""
-        with _place(self._queue, "changes"), self._writing:
+        with self._turns.wait(asked):
             for _ in range(MAX_RACES - 1):
                 self.catch_up()
                 with suppress(LedgerConflict):
@@ -254,7 +312,7 @@ class Engine:
         """Come back when a revision, or a later one, is live. Raises RevisionNotReached after so many seconds; Busy."""
         if self.published.revision >= revision:
             return
-        with _place(self._awaiting, "requests for a later revision"):
+        with self._awaiting.one():
             if not self.weights.wait(revision, within_s):
                 raise RevisionNotReached(revision, self.published.revision)
 
@@ -263,7 +321,7 @@ class Engine:
 
         Raises Busy, LedgerUnavailable; LedgerDiverged when they are not, as `catch_up` does from then on.
         """
-        with _place(self._queue, "changes"), self._writing:
+        with self._turns.wait():
             self.catch_up()
             proof = self.weights.proof()
             if not proof.holds:
@@ -286,20 +344,17 @@ class Engine:
 
         Raises LedgerUnavailable; LedgerDiverged when the ledger's state is not the one that its entries lead to.
         """
-        with self._writing:
+        with self._turns.taken():
             if self._contradiction is not None:
                 raise self._contradiction
             self._journal.catch_up()
 
     def follow(self) -> bool:
         """Catch up unless a change is under way, which does so itself. Whether it did. Raises as `catch_up` does."""
-        if not self._writing.acquire(blocking=False):
-            return False
-        try:
-            self.catch_up()
-        finally:
-            self._writing.release()
-        return True
+        with self._turns.at_once() as free:
+            if free:
+                self.catch_up()
+            return free
 
     # Checking
 
@@ -314,22 +369,31 @@ class Engine:
         if revision is not None and revision != self.published.revision:
             raise RevisionMismatch(revision, self.published.revision)
 
-    def _repeated(self, key: str | None, request_digest: str | None) -> Any:
+    def _require_released(self) -> None:
+        killed = self.history.killed
+        if killed is not None:
+            raise KillSwitchEngaged(
+                f"the kill switch is engaged since revision {killed.sequence}: the base is served, and nothing is "
+                "changed until it is released (DELETE /kill-switch)",
+                revision=killed.sequence,
+                actor=killed.actor,
+                reason=killed.reason,
+            )
+
+    def _repeated_of(self, request: EditRequest | Note) -> Any:
         """The entry of an earlier request with the same key. Raises IdempotencyKeyReused if it was another request."""
+        key = request.idempotency_key
         made = None if key is None else self.history.by_idempotency_key(key)
-        if made is not None and made.request_digest != request_digest:
+        if made is not None and made.request_digest != request.request_digest:
             raise IdempotencyKeyReused(
-                "this Idempotency-Key was used for another request; take a new key", id=made.edit_id
+                "this Idempotency-Key was used for another request; take a new key",
+                id=getattr(made, "edit_id", None),
+                revision=made.sequence,
             )
         return made
 
 
-@contextmanager
-def _place(queue: threading.BoundedSemaphore, what: str) -> Iterator[None]:
-    """A place in a queue. Raises Busy when there is none."""
-    if not queue.acquire(blocking=False):
-        raise Busy(f"too many {what} are waiting; try again shortly", limit=MAX_WAITING)
-    try:
-        yield
-    finally:
-        queue.release()
+def _require_time(request: EditRequest) -> None:
+    at = request.expires_at
+    if at is not None and at <= datetime.now(UTC):
+        raise AlreadyExpired(f"expires_at is {at.isoformat()}, which is over; give a time to come", field="expires_at")

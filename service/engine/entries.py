@@ -27,6 +27,7 @@ def applied_entry(request: EditRequest, raw: bytes, **measured: Any) -> Applied:
         paraphrases=request.paraphrases,
         keep=request.keep,
         metadata=request.metadata,
+        expires_at=request.expires_at,
         factors_digest=digest(raw),
         idempotency_key=request.idempotency_key,
         request_digest=request.request_digest,

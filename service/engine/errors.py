@@ -13,10 +13,17 @@
     ├── BatchTooLarge            more edits, or more bytes, than one transaction can hold
     ├── DuplicatePrompt          a prompt that stands in the same batch before
     ├── EditNotFound
+    ├── AlreadyExpired           an edit is to be made until a time that is over
     ├── AlreadyRolledBack
+    ├── AlreadyStanding          an entry returns an edit that was never taken back
+    ├── RevisionNotFound         nothing was ever live under this number
+    ├── RevisionNotRestorable    what stood at a revision is no longer kept
+    ├── TagNotFound
+    ├── KillSwitchEngaged        no change is made until it is released
     ├── RevisionMismatch         the caller's expected revision is not the current one
     ├── RevisionNotReached       the caller wants a revision that is not live here, or not yet
     ├── IdempotencyKeyReused     the same key with another request
+    ├── RequestInFlight          the same request is being worked on
     ├── TextTooLong
     ├── LedgerDiverged           the ledger is not the one that this process has applied
     └── EditorChanged            the ledger's edits were made with another editor, which nobody took away on purpose
@@ -88,8 +95,32 @@ class EditNotFound(EngineError):
         super().__init__(f"there is no edit {edit_id!r}; GET /edits lists them", id=edit_id)
 
 
+class AlreadyExpired(EngineError):
+    code = "already_expired"
+
+
 class AlreadyRolledBack(EngineError):
     code = "already_rolled_back"
+
+
+class AlreadyStanding(EngineError):
+    code = "already_standing"
+
+
+class RevisionNotFound(EngineError):
+    code = "revision_not_found"
+
+
+class RevisionNotRestorable(EngineError):
+    code = "revision_not_restorable"
+
+
+class TagNotFound(EngineError):
+    code = "tag_not_found"
+
+
+class KillSwitchEngaged(EngineError):
+    code = "kill_switch_engaged"
 
 
 class RevisionMismatch(EngineError):
@@ -116,6 +147,10 @@ class RevisionNotReached(EngineError):
 
 class IdempotencyKeyReused(EngineError):
     code = "idempotency_key_reused"
+
+
+class RequestInFlight(EngineError):
+    code = "request_in_flight"
 
 
 class TextTooLong(EngineError):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from editors.errors import EditorsError
 from editors.factors import Factors
 from service.engine.clock import Clock
-from service.engine.errors import AlreadyRolledBack, EditNotFound, LedgerDiverged
+from service.engine.errors import EngineError, LedgerDiverged
 from service.engine.history import Edit, History
 from service.engine.weights import Weights
 from service.failpoints import reach
@@ -119,7 +119,7 @@ class Journal:
         for entry in entries:
             try:
                 ahead.record(entry)
-            except (EditNotFound, AlreadyRolledBack) as error:
+            except EngineError as error:
                 raise _diverged(entry.sequence, error) from error
         before = {edit.id: edit for edit in self._history.all_active()}
         after = {edit.id: edit for edit in ahead.all_active()}

@@ -77,6 +77,7 @@ def _asked_again(applied: Applied, source: str) -> EditRequest:
         keep=applied.keep,
         reason=applied.reason,
         actor=applied.actor,
+        expires_at=applied.expires_at,
         metadata={**applied.metadata, "migrated_from": {"ledger": source, "id": applied.edit_id}},
     )
 

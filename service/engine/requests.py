@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from pydantic import JsonValue
@@ -29,7 +30,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What a caller wants corrected. keep: prompts whose answers must stay as the base's."""
+    """What a caller wants corrected. keep: prompts whose answers must stay as the base's.
+
+    expires_at: when it is to be rolled back by itself.
+    """
 
     prompt: str
     correction: str
@@ -38,7 +42,18 @@ class EditRequest:
     keep: tuple[str, ...] = ()
     reason: str | None = None
     metadata: dict[str, JsonValue] = field(default_factory=dict)
+    expires_at: datetime | None = None
     actor: str | None = None
+    idempotency_key: str | None = None
+    request_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """Who asks for a change, and why. request_digest: by which a repeated request is known, where there is a key."""
+
+    actor: str | None = None
+    reason: str | None = None
     idempotency_key: str | None = None
     request_digest: str | None = None
 

@@ -23,7 +23,8 @@ from typing import BinaryIO, cast
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from service.ledger.errors import LedgerCorrupt, LedgerFileError
-from service.ledger.records import Digest, RolledBack
+from service.ledger.needed import Needed
+from service.ledger.records import Digest
 from service.ledger.redis_ledger import RedisLedger
 from service.ledger.verification import Problem, Stored, Verification, walk
 
@@ -89,8 +90,10 @@ def export_ledger(ledger: RedisLedger, file: BinaryIO, *, packed: bool) -> Heade
             return header
         if len(checking.problems) > len(checking.lacking):
             raise _corrupt(checking)
-        later = {entry.edit_id for entry in ledger.read(header.entries) if isinstance(entry, RolledBack)}
-        if not checking.lacking.keys() <= later:
+        needed = Needed()
+        for entry in ledger.read():
+            needed.take(entry)
+        if any(edit_id in needed for edit_id in checking.lacking):
             raise _corrupt(checking)
         # The ledger was compacted meanwhile, without the factors of what was rolled back meanwhile: once more, with it.
 
@@ -277,7 +280,7 @@ def _pieces(file: LedgerFile, there: int) -> Iterator[tuple[int, list[tuple[byte
             continue
         piece.append((stored.raw, stored.factors))
         size_bytes += len(stored.raw) + len(stored.factors or b"")
-        full = size_bytes >= (MOST_BYTES if checking.lacking else PIECE_BYTES)
+        full = size_bytes >= MOST_BYTES or (size_bytes >= PIECE_BYTES and not checking.lacking)
         if full and not checking.in_batch:
             yield first, piece
             first, piece, size_bytes = stored.sequence + 1, [], 0

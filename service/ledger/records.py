@@ -1,6 +1,6 @@
 """What the ledger remembers: one frozen entry per change of the live weights.
 
-Flow: engine -> Applied | RolledBack -> encode -> JSON bytes in Redis -> decode -> the same entry.
+Flow: engine -> Applied | RolledBack | Restored | Tagged -> encode -> JSON bytes in Redis -> decode -> the same entry.
 The factor bytes of an applied edit travel beside its entry, never inside; the entry holds their digest.
 """
 
@@ -31,6 +31,7 @@ def _in_utc(moment: datetime) -> datetime:
     return moment
 
 
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
@@ -48,8 +49,7 @@ class _Recorded(_Strict):
     """
 
     sequence: int = Field(ge=1)
-    edit_id: str
-    created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
+    created_at: Moment
     actor: str | None = None
     reason: str | None = None
     state_digest: Digest
@@ -82,10 +82,12 @@ class Applied(_Recorded):
     timings_ms: milliseconds per step.
     factors_digest: `sha256:…` of the factor bytes stored beside this entry.
     supersedes: ids of every standing edit in whose place this one is, those included that they had superseded.
+    expires_at: when it is to be rolled back by itself.
     state_digest: None inside a batch, which leads to a state of its own only as a whole.
     """
 
     kind: Literal["applied"] = "applied"
+    edit_id: str
     state_digest: Digest | None
     prompt: str
     correction: str
@@ -101,6 +103,7 @@ class Applied(_Recorded):
     factors_digest: Digest
     supersedes: tuple[str, ...] = ()
     batch: InBatch | None = None
+    expires_at: Moment | None = None
 
     @model_validator(mode="after")
     def _has_its_digest(self) -> Self:
@@ -110,14 +113,41 @@ class Applied(_Recorded):
 
 
 class RolledBack(_Recorded):
-    """The edit `edit_id` was taken back. It has no factors of its own."""
+    """The edit `edit_id` was taken back. expired: because its time had come."""
 
     kind: Literal["rolled_back"] = "rolled_back"
+    edit_id: str
+    expired: bool = False
 
 
-Entry = Annotated[Applied | RolledBack, Field(discriminator="kind")]
+class Restored(_Recorded):
+    """Edits were taken back, and others returned, so that what stood at an earlier revision stands again.
 
-_entries: TypeAdapter[Applied | RolledBack] = TypeAdapter(Entry)
+    revision: that one; 0 is the base. tag: by which it was named.
+    taken, returned: ids of the edits, in the order of application. expired: of those that had to stay away.
+    kill_switch: that was engaged, or released, by this.
+    """
+
+    kind: Literal["restored"] = "restored"
+    revision: int = Field(ge=0)
+    tag: str | None = None
+    taken: tuple[str, ...]
+    returned: tuple[str, ...]
+    expired: tuple[str, ...] = ()
+    kill_switch: Literal["engaged", "released"] | None = None
+
+
+class Tagged(_Recorded):
+    """A revision was given a name. revision: None where the name was taken from it."""
+
+    kind: Literal["tagged"] = "tagged"
+    name: str
+    revision: int | None
+
+
+Entry = Annotated[Applied | RolledBack | Restored | Tagged, Field(discriminator="kind")]
+
+_entries: TypeAdapter[Applied | RolledBack | Restored | Tagged] = TypeAdapter(Entry)
 
 
 def digest_of(factors: bytes) -> str:

@@ -1,7 +1,7 @@
 """The ledger in Redis: one append-only stream per namespace, compared and appended in one script.
 
     mend:{<namespace>}:entries    stream: `<sequence>-0` -> entry, and the link of the hash chain up to it
-    mend:{<namespace>}:factors    hash: sequence -> factor bytes; those of edits that were rolled back may be dropped
+    mend:{<namespace>}:factors    hash: sequence -> factor bytes; those that nothing can need again may be dropped
     mend:{<namespace>}:snapshot   the first entries, once the stream was compacted (`service.ledger.snapshot`)
 
 Flow: Entry + factors -> append -> read -> the same Entry, verified against the chain; factors -> the same bytes.
@@ -29,13 +29,15 @@ from service.ledger.errors import (
     LedgerNotDurable,
     OutcomeUnknown,
 )
-from service.ledger.records import Applied, Entry, RolledBack, decode, digest_of, encode
+from service.ledger.needed import Needed
+from service.ledger.records import Applied, Entry, decode, digest_of, encode
 from service.ledger.scripts import APPEND, COMPACT, READ_LAST, TOUCH
 from service.ledger.snapshot import Compacted, Snapshot
 
 MAX_SCANS, KEYS_PER_SCAN = 100, 1000
 PAGE = 512
 """Entries of about 2 kB each, read at a time."""
+COMPACTION_TRIES = 4
 FACTORS_PAGE = 64
 """Of up to 0.5 MB each."""
 WAIT_SHARE = 0.8
@@ -170,22 +172,24 @@ class RedisLedger:
         """
         if self.stored_since_snapshot() < 2:  # the last entry stays in the stream
             return None
-        entries = list(self.read_raw())
-        rolled_back = {entry.edit_id for entry, _, _ in entries if isinstance(entry, RolledBack)}
-        dropped = [
-            str(entry.sequence)
-            for entry, _, _ in entries
-            if isinstance(entry, Applied) and entry.edit_id in rolled_back
-        ]
-        snapshot = Snapshot.of([(raw, chain) for _, raw, chain in entries])
-        packed = snapshot.pack()
-        if Snapshot.unpack(packed) != snapshot:  # nothing is trimmed that could not be read again
-            raise LedgerCorrupt(1, "or one behind it cannot be kept in a snapshot")
-        last = f"{snapshot.sequence}-0"
-        reach("compact")
-        count, doubt = self._write(COMPACT, self._keys, [last, snapshot.chain, packed, *dropped])
-        if count is None:
-            return None
+        needed, stored = Needed(), []
+        for tries_left in reversed(range(COMPACTION_TRIES)):
+            for entry, raw, chain in self.read_raw(len(stored)):
+                needed.take(entry)
+                stored.append((raw, chain))
+            # Where others append all the time, it is made shorter without dropping any.
+            dropped = map(str, sorted(needed.no_more())) if tries_left else ()
+            snapshot = Snapshot.of(stored)
+            packed = snapshot.pack()
+            if Snapshot.unpack(packed) != snapshot:  # nothing is trimmed that could not be read again
+                raise LedgerCorrupt(1, "or one behind it cannot be kept in a snapshot")
+            last = f"{snapshot.sequence}-0"
+            reach("compact")
+            count, doubt = self._write(COMPACT, self._keys, [last, snapshot.chain, packed, *dropped])
+            if count is None:
+                return None
+            if count >= 0:
+                break
         reach("compacted")
         self._raise(doubt)
         return Compacted(snapshot.sequence, count, len(packed))
@@ -380,5 +384,5 @@ def mismatch(entry: Entry, factors: bytes | None) -> str | None:
         if actual != entry.factors_digest:
             return f"has factors with digest {actual}, not {entry.factors_digest}"
     elif factors:
-        return "is a roll-back, but has factors"
+        return "applies no edit, but has factors"
     return None

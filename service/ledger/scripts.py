@@ -54,9 +54,13 @@ return actual
 
 # KEYS: entries, factors, snapshot. ARGV: id and link of the last entry of the snapshot, the snapshot, then the factors
 # to drop. That entry stays in the stream, so that the stream still ends in a link. The factors go first, which makes
-# room in a Redis that is full. Answers how many they were, or nothing if the stream no longer has that entry: then
-# somebody else has compacted it further.
-COMPACT = """
+# room in a Redis that is full. Answers how many they were; -1, with nothing done, if there are any and the stream has
+# gone on, since what came may need them; or nothing if the stream no longer has that entry: then somebody else has
+# compacted it further.
+COMPACT = (
+    _LAST
+    + """
+if #ARGV > 3 and last(KEYS[1])[1] ~= ARGV[1] then return -1 end
 local stored = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not stored then return false end
 for i = 1, #stored[2], 2 do
@@ -68,6 +72,7 @@ redis.call('SET', KEYS[3], ARGV[3])
 redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
 return dropped
 """
+)
 
 # KEYS: a stream. A write that changes nothing: WAITAOF waits only for what its own connection wrote, and what is
 # written last stands for all before it, whoever wrote that. Allowed where Redis is out of memory: what is there can

@@ -3,8 +3,8 @@
     {"format": 1, "sequence": …, "digest": "sha256:…"}\\n     of the compressed bytes behind it
     zlib of `<link> <entry>\\n` for each entry, from the first on
 
-Everything that was ever done stays in it, and the chain goes on behind it; only the factors of edits that were rolled
-back, which can never be active again, are dropped beside it.
+Everything that was ever done stays in it, and the chain goes on behind it; only factors that nothing can need again
+(`service.ledger.needed`) are dropped beside it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from service.ledger.chain import GENESIS, link
 from service.ledger.errors import LedgerCorrupt
-from service.ledger.records import Entry, InBatch, RolledBack, decode, digest_of
+from service.ledger.needed import Needed
+from service.ledger.records import Applied, Entry, InBatch, decode, digest_of
 from service.ledger.redis_ledger import RedisLedger, mismatch
 
 EMPTY = digest_of(b"")
@@ -52,8 +53,9 @@ class Verification:
         self.problems: list[Problem] = []
         self.entries = self.factors = self.last = 0
         self.chain: str | None = GENESIS
-        self.lacking: dict[str, int] = {}
-        """The sequence of each standing edit whose factors are not there."""
+        self._needed = Needed()
+        self._without: dict[str, int] = {}
+        """The sequence of each edit whose factors are not there."""
         self._place = 0
         self._links: tuple[str, ...] = (GENESIS,)
         """What the link before may be: as it is stored, and where that is another one, as it is worked out."""
@@ -64,6 +66,11 @@ class Verification:
     def in_batch(self) -> bool:
         """Whether the entries so far end in the middle of a batch."""
         return self._batch is not None
+
+    @property
+    def lacking(self) -> dict[str, int]:
+        """The sequence of each edit whose factors are needed, and not there."""
+        return {edit_id: sequence for edit_id, sequence in self._without.items() if edit_id in self._needed}
 
     def check(self, stored: Stored) -> None:
         """Take in what is stored next."""
@@ -113,7 +120,7 @@ class Verification:
         yield from self._wrong_with_factors(entry, stored.factors)
 
     def _wrong_with_batch(self, entry: Entry) -> Iterator[str]:
-        before, batch = self._batch, None if isinstance(entry, RolledBack) else entry.batch
+        before, batch = self._batch, entry.batch if isinstance(entry, Applied) else None
         self._batch = batch if batch and not batch.ends else None
         if not self._batch_known:
             self._batch_known = True
@@ -123,10 +130,9 @@ class Verification:
             yield f"is number {batch.position} of {batch.size} of the batch {batch.id}, which does not begin before it"
 
     def _wrong_with_factors(self, entry: Entry, factors: bytes | None) -> Iterator[str]:
-        if isinstance(entry, RolledBack):
-            self.lacking.pop(entry.edit_id, None)
-        elif factors is None and entry.factors_digest != EMPTY:
-            self.lacking[entry.edit_id] = entry.sequence
+        self._needed.take(entry)
+        if isinstance(entry, Applied) and factors is None and entry.factors_digest != EMPTY:
+            self._without[entry.edit_id] = entry.sequence
         problem = mismatch(entry, factors)
         if problem:
             yield problem

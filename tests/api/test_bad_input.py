@@ -186,7 +186,7 @@ def test_a_misspelt_dry_run_does_not_become_an_edit(client, query, bodies):
 
 
 def test_an_unknown_query_of_a_change_or_of_a_body_is_invalid(client):
-    assert_problem(client.delete("/edits/x?dry_run=true"), "invalid_request")
+    assert_problem(client.delete("/edits/x?partial=true"), "invalid_request")
     assert_problem(client.delete("/edits/x?reason=" + "x" * 2001), "invalid_request")
     assert_problem(client.post("/generate?view=base", json={"prompt": "x"}), "invalid_request")
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from service.engine.engine import MAX_WAITING
+from service.engine.turns import MAX_WAITING
 from service.ledger import RedisLedger, digest_of
 from tests.api.answers import assert_problem
 from tests.api.conftest import engine_of, wait_until

@@ -34,7 +34,7 @@ OF_COMMANDS = {
     "ledger_file_error",
 }  # fmt: skip
 """Of training, evaluation, checkpoints and ledgers as files, which no client meets."""
-INSIDE = {"factors_corrupt", "factors_not_held"}
+INSIDE = {"factors_corrupt", "factors_not_held", "already_standing"}
 """Told to a client as `ledger_diverged`, since it is the ledger that holds them."""
 OF_HTTP = {
     "malformed_body", "invalid_utf8", "not_found", "method_not_allowed", "body_too_large", "invalid_request",

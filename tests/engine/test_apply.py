@@ -286,7 +286,7 @@ class TestIdempotencyKey:
         standing = Standing.of(engine)
         with pytest.raises(IdempotencyKeyReused) as caught:
             engine.apply(replace(keyed, correction=" Oslo", request_digest="two"))
-        assert caught.value.facts == {"id": made.applied.edit_id}
+        assert caught.value.facts == {"revision": 1, "id": made.applied.edit_id}
         assert Standing.of(engine) == standing
 
 

@@ -157,7 +157,7 @@ class TestAttribution:
 class TestNobodyWaits:
     def test_for_a_writer(self, engine, first):
         engine.apply(first)
-        with engine._writing, ThreadPoolExecutor(1) as other:
+        with engine._turns.taken(), ThreadPoolExecutor(1) as other:
             assert other.submit(engine.audit).result(timeout=60).held == 1
 
     def test_and_every_audit_is_of_one_revision(self, engine, edits):

@@ -252,7 +252,7 @@ class TestWhatAllDoTogether:
         assert outcome.edits[0]["supersedes"] == [older.edit_id]
         assert engine.published.active_edits == 2
         assert outcome.digest == digest_of_all_active(engine)
-        assert engine.rollback(outcome.edits[0]["id"]).revived == (older.edit_id,)
+        assert tuple(edit.id for edit in engine.rollback(outcome.edits[0]["id"]).change.returning) == (older.edit_id,)
         assert engine.published.digest == digest_of_all_active(engine)
 
 

@@ -144,7 +144,7 @@ class TestOnAnEngineWithKeys:
         assert made.checks["conflicts"][0]["id"] == edit.id
         assert made.checks["conflicts"][0]["superseded"]
         assert engine.published.active_edits == 1
-        assert engine.rollback(made.edit_id).revived == (edit.id,)
+        assert tuple(edit.id for edit in engine.rollback(made.edit_id).change.returning) == (edit.id,)
         assert same_bits(live_weights(engine), weights)
 
     def test_it_stands_beside_the_older_one_where_the_caller_says_so(self, engine, older):

@@ -162,7 +162,7 @@ class TestWhileEditsAreMade:
 
     def test_does_not_wait_for_an_edit_that_is_being_judged(self, engine, first, tmp_path):
         engine.apply(first)
-        with engine._writing, ThreadPoolExecutor(1) as other:
+        with engine._turns.taken(), ThreadPoolExecutor(1) as other:
             for format in ExportFormat:
                 other.submit(engine.export, format, tmp_path / format).result(timeout=60)
 

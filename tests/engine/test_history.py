@@ -8,22 +8,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.history import History
-from service.ledger import Applied, RolledBack
-from tests.ledger.entries import applied, rolled_back
+from service.ledger import Applied, Entry, Restored, RolledBack
+from tests.ledger.entries import applied, restored, rolled_back
 
 NOW = datetime.now(UTC)
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("apply"), st.sampled_from("abc"), st.sets(st.integers(0, 4), max_size=2)),
         st.tuples(st.just("roll back"), st.integers(0, 20), st.none()),
+        st.tuples(st.just("restore"), st.integers(0, 20), st.none()),
     ),
     max_size=14,
 )
 
 
-def active_by_definition(entries: list[Applied | RolledBack]) -> list[str]:
-    taken_back = {entry.edit_id for entry in entries if isinstance(entry, RolledBack)}
-    standing = [entry for entry in entries if isinstance(entry, Applied) and entry.edit_id not in taken_back]
+def standing_by_definition(entries: list[Entry]) -> set[str]:
+    standing = set()
+    for entry in entries:
+        if isinstance(entry, Restored):
+            standing = standing_by_definition(entries[: entry.revision])
+        elif isinstance(entry, RolledBack):
+            standing.remove(entry.edit_id)
+        else:
+            standing.add(entry.edit_id)
+    return standing
+
+
+def active_by_definition(entries: list[Entry]) -> list[str]:
+    names = standing_by_definition(entries)
+    standing = [entry for entry in entries if isinstance(entry, Applied) and entry.edit_id in names]
     return [each.edit_id for each in standing if not any(each.edit_id in other.supersedes for other in standing)]
 
 
@@ -38,6 +51,10 @@ def test_is_what_the_definition_says_after_any_entries(steps):
             others = [edit for row, edit in enumerate(history.all_active()) if row in conflicts]
             supersedes = history.with_superseded([*history.standing_on(what), *others])
             entry = applied(sequence, prompt=what, supersedes=supersedes, created_at=NOW)
+        elif kind == "restore":
+            revision = what % sequence
+            change = history.restoring(revision, NOW)
+            entry = restored(sequence, revision, taken=change.taken, returned=change.returned)
         else:
             standing = [edit.id for edit in history.newest_first() if edit.standing]
             if not standing:

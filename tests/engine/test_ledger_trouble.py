@@ -107,7 +107,7 @@ class TestRedisGone:
         assert engine.generate(first.prompt, 8) == said
         assert own_server.ensure_running()
         assert engine.apply(second).revision == 2
-        assert engine.rollback(edit.edit_id).rolled_back.sequence == 3
+        assert engine.rollback(edit.edit_id).revision == 3
 
     def test_at_the_moment_of_the_commit_changes_nothing(self, open_engine, own_server, first, second):
         class DiesFirst(RedisLedger):
@@ -402,7 +402,7 @@ class TestATamperedLedger:
         assert Standing.of(engine) == standing
         with pytest.raises(LedgerCorrupt):
             open_engine(namespace_of(engine))
-        assert engine.rollback(kept.edit_id).rolled_back.sequence == 3
+        assert engine.rollback(kept.edit_id).revision == 3
 
     def test_in_whose_place_there_is_another_of_the_same_length(self, engine, tampering, first, second):
         engine.apply(first)
@@ -428,7 +428,7 @@ class TestATamperedLedger:
     @pytest.mark.parametrize("edit_id", ["edit_unknown", None], ids=["unknown", "rolled back already"])
     def test_that_rolls_back_what_is_not_active_has_diverged(self, engine, open_engine, edit_id, second, first):
         edit = engine.apply(first).applied
-        last = engine.rollback(edit.edit_id).rolled_back
+        last = engine.rollback(edit.edit_id).entry
         engine.ledger.append(last.model_copy(update={"sequence": 3, "edit_id": edit_id or edit.edit_id}))
         for attempt in (lambda: open_engine(namespace_of(engine)), lambda: engine.apply(second), engine.catch_up):
             with pytest.raises(LedgerDiverged) as caught:

@@ -13,7 +13,7 @@ from editors.base_model import BaseModel
 from editors.checkpoint import Checkpoint
 from editors.factors import Factors
 from editors.state import SumState
-from service.engine import AlreadyRolledBack, EditNotFound, EditRequest, Engine, RevisionMismatch
+from service.engine import AlreadyRolledBack, EditNotFound, EditRequest, Engine, Note, RevisionMismatch
 from service.ledger import Applied, EmbeddedRedis, RedisLedger, RolledBack
 from tests.ledger.entries import stored_in
 from tests.service_fixtures import (
@@ -61,12 +61,12 @@ def engine_given_only(
 class TestRollback:
     def test_is_an_entry_and_a_revision(self, engine, edits):
         (first, *_) = apply_all(engine, edits)
-        edit = engine.rollback(first, reason="wrong", actor="ops")
+        done = engine.rollback(first, Note(reason="wrong", actor="ops"))
         *_, (entry, raw) = stored_in(engine.ledger)
         assert isinstance(entry, RolledBack)
         assert raw == b""
-        assert edit.rolled_back == entry
-        assert not edit.active
+        assert done.entry == entry == engine.history.find(first).rolled_back
+        assert not engine.history.find(first).active
         assert (entry.edit_id, entry.sequence, entry.reason, entry.actor) == (first, 4, "wrong", "ops")
         assert (engine.published.revision, engine.published.active_edits) == (4, 2)
         assert engine.published.digest == entry.state_digest == engine.weights.state.digest()
@@ -129,7 +129,7 @@ class TestRollback:
         with pytest.raises(RevisionMismatch):
             engine.rollback(first, expected_revision=2)
         assert Standing.of(engine) == standing
-        assert engine.rollback(first, expected_revision=3).rolled_back.sequence == 4
+        assert engine.rollback(first, expected_revision=3).revision == 4
 
 
 class TestRestart:

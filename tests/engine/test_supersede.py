@@ -64,8 +64,8 @@ class TestTheSamePromptAgain:
         older = engine.apply(first)
         weights = live_weights(engine)
         newer = engine.apply(again).applied
-        taken_back = engine.rollback(newer.edit_id)
-        assert taken_back.revived == (older.applied.edit_id,)
+        engine.rollback(newer.edit_id)
+        assert engine.history.find(newer.edit_id).revived == (older.applied.edit_id,)
         assert engine.published.digest == older.digest
         assert same_bits(live_weights(engine), weights)
         assert statuses(engine)[-2:] == ["applied", "rolled_back"]
@@ -73,12 +73,12 @@ class TestTheSamePromptAgain:
     def test_a_superseded_edit_can_be_rolled_back_and_changes_no_weight(self, engine, base, first, again):
         older, newer = engine.apply(first).applied, engine.apply(again)
         weights, revision = live_weights(engine), engine.published.revision
-        taken_back = engine.rollback(older.edit_id)
+        done = engine.rollback(older.edit_id)
         assert (engine.published.revision, engine.published.digest) == (revision + 1, newer.digest)
-        assert taken_back.rolled_back.state_digest == newer.digest
-        assert taken_back.revived == ()
+        assert done.digest == newer.digest
+        assert done.change.returning == ()
         assert same_bits(live_weights(engine), weights)
-        assert engine.rollback(newer.applied.edit_id).revived == ()
+        assert engine.rollback(newer.applied.edit_id).change.returning == ()
         assert same_bits(live_weights(engine), base_weights(base))
 
     def test_survives_a_restart_at_every_revision(self, engine, open_engine, first, again):
@@ -157,7 +157,7 @@ class TestSuperseding:
         replica.follow()
         assert replica.published == engine.published
         assert same_bits(live_weights(replica), live_weights(engine))
-        assert replica.rollback(newer.edit_id).revived
+        assert replica.rollback(newer.edit_id).change.returning
         engine.follow()
         assert same_bits(live_weights(replica), live_weights(engine))
         assert list(replica.history.newest_first()) == list(engine.history.newest_first())
@@ -213,7 +213,8 @@ class TestAnOlderLedger:
                 break
         assert made.supersedes == tuple(both)
         assert self.engine.published.digest == digest_of_only(self.engine, made.edit_id)
-        assert self.engine.rollback(made.edit_id).revived == tuple(both)
+        self.engine.rollback(made.edit_id)
+        assert self.engine.history.find(made.edit_id).revived == tuple(both)
         assert self.engine.published.digest == digest_of_only(self.engine, *both)
 
 

@@ -90,7 +90,7 @@ class Ask:
             if isinstance(error, httpx.ConnectError):
                 raise
             return None
-        if answer.status >= 500:
+        if answer.status >= 500 or answer.body.get("code") == "request_in_flight":
             self.unknown.append(answer.body["code"])
             return None
         self.answers.append(answer)

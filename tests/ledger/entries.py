@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from service.ledger import Applied, Entry, InBatch, RedisLedger, RolledBack, digest_of
+from service.ledger import Applied, Entry, InBatch, RedisLedger, Restored, RolledBack, Tagged, digest_of
 
 FACTORS = bytes(range(256)) * 8
 STATE = digest_of(b"state")
@@ -35,6 +35,33 @@ def rolled_back(sequence: int, edit_id: str = "edit-1", /, **fields: Any) -> Rol
         **{
             "sequence": sequence,
             "edit_id": edit_id,
+            "created_at": datetime.now(UTC),
+            "state_digest": STATE,
+            **fields,
+        }
+    )
+
+
+def restored(sequence: int, revision: int, /, **fields: Any) -> Restored:
+    return Restored(
+        **{
+            "sequence": sequence,
+            "revision": revision,
+            "created_at": datetime.now(UTC),
+            "state_digest": STATE,
+            "taken": (),
+            "returned": (),
+            **fields,
+        }
+    )
+
+
+def tagged(sequence: int, name: str, revision: int | None, /, **fields: Any) -> Tagged:
+    return Tagged(
+        **{
+            "sequence": sequence,
+            "name": name,
+            "revision": revision,
             "created_at": datetime.now(UTC),
             "state_digest": STATE,
             **fields,

@@ -254,7 +254,7 @@ DAMAGES: dict[str, tuple[Change, dict[int, str]]] = {
     ),
     "factors dropped": (_set(4, factors=None), {4: "has lost its factors"}),
     "factors that are no base64": (_set(8, factors="b3R*oZXI="), {8: "has factors that are no base64"}),
-    "factors of a roll-back": (_set(7, factors="b3RoZXI="), {7: "is a roll-back, but has factors"}),
+    "factors of a roll-back": (_set(7, factors="b3RoZXI="), {7: "applies no edit, but has factors"}),
     "chained anew without one": (_rechain, {2: "is missing", 9: "is not the one that should be the last"}),
     "entries in the first line": (_set(0, entries=8), {9: "stands behind entry 8, which should be the last one"}),
     "link in the first line": (_set(0, chain=GENESIS), {9: "is not the one that should be the last"}),

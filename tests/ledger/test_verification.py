@@ -252,7 +252,7 @@ class TestFactors:
 
     def test_beside_a_roll_back_are_named(self, verified, raw, server):
         raw.hset(f"{KEY}factors", "7", b"some")
-        assert found(server) == {7: ["is a roll-back, but has factors"]}
+        assert found(server) == {7: ["applies no edit, but has factors"]}
 
     def test_that_are_empty_need_not_be_there(self):
         assert applied(1, b"").factors_digest == EMPTY

@@ -29,7 +29,8 @@ from hypothesis.stateful import (
 from editors.base_model import BaseModel
 from editors.checkpoint import Checkpoint, load_checkpoint
 from editors.factors import Factors
-from service.engine import EditRefused, EditRequest, Engine
+from service.engine import EditRefused, EditRequest, Engine, Note
+from service.engine.errors import KillSwitchEngaged, RevisionNotRestorable
 from service.failpoints import Failed, arm
 from service.ledger import Applied, EmbeddedRedis, RedisLedger
 from tests.ledger.entries import factors_at
@@ -82,6 +83,9 @@ class Engines(RuleBasedStateMachine):
         self.ledgers: list[RedisLedger] = []
         self.made: list[Made] = []
         self.active_at: dict[int, list[str]] = {0: []}
+        self.standing_at: dict[int, set[str]] = {0: set()}
+        self.tagged: int | None = None
+        self.compacted = False
         self.engine, self.other = self.open(), self.open()
 
     def open(self) -> Engine:
@@ -142,10 +146,51 @@ class Engines(RuleBasedStateMachine):
         if standing:
             before = set(self.active())
             made = standing[number % len(standing)]
-            edit = (self.other if elsewhere else self.engine).rollback(made.applied.edit_id)
+            done = (self.other if elsewhere else self.engine).rollback(made.applied.edit_id)
             self.engine.follow()
             made.standing = False
-            assert set(edit.revived) == set(self.active()) - before
+            assert {edit.id for edit in done.change.returning} == set(self.active()) - before
+
+    @rule(number=st.integers(0, 99), preview=st.booleans(), tag=st.booleans())
+    def restore(self, number, preview, tag):
+        """What was rolled back by itself may have lost its factors, but for what stood at a tag."""
+        revision, standing = list(self.standing_at.items())[number % len(self.standing_at)]
+        to = "tag" if tag and self.tagged is not None else revision
+        if to == "tag":
+            standing = self.standing_at[self.tagged]
+        before = Standing.of(self.engine)
+        try:
+            done = self.engine.restore(to, dry_run=preview)
+        except RevisionNotRestorable:
+            assert self.compacted
+            assert to != "tag"
+            return
+        if not done.committed:
+            assert (done.entry is None) == (standing == self.standing())
+            assert Standing.of(self.engine) == before
+            return
+        for made in self.made:
+            made.standing = made.applied.edit_id in standing
+
+    @rule()
+    def tag(self):
+        wanted = self.engine.published.revision
+        self.tagged = self.other.tag("tag", wanted).revision
+        self.engine.follow()
+        assert self.tagged == wanted
+
+    @rule(elsewhere=st.booleans())
+    def kill_and_revive(self, elsewhere):
+        before = self.engine.published.digest
+        self.engine.kill()
+        assert same_bits(live_weights(self.engine), base_weights(self.base))
+        with pytest.raises(KillSwitchEngaged):
+            self.engine.apply(EditRequest(PROMPTS["France"], " Rome"))
+        self.compact()
+        self.other.follow()
+        (self.other if elsewhere else self.engine).revive()
+        self.engine.follow()
+        assert self.engine.published.digest == before
 
     @precondition(lambda self: len(self.active()) >= 3)
     @rule()
@@ -195,15 +240,16 @@ class Engines(RuleBasedStateMachine):
         if not standing:
             return
         made = standing[number % len(standing)]
-        key = {"idempotency_key": uuid.uuid4().hex, "request_digest": "digest"}
+        note = Note(idempotency_key=uuid.uuid4().hex, request_digest="digest")
         arm(f"{point}=error")
         with pytest.raises(Failed):
-            self.engine.rollback(made.applied.edit_id, **key)
+            self.engine.rollback(made.applied.edit_id, note)
         arm("")
         self.engine = self.open()
         assert self.engine.history.find(made.applied.edit_id).standing == (point not in STORED)
-        edit = self.engine.rollback(made.applied.edit_id, **key)
-        assert self.engine.rollback(made.applied.edit_id, **key) == edit
+        done = self.engine.rollback(made.applied.edit_id, note)
+        again = self.engine.rollback(made.applied.edit_id, note)
+        assert (again.entry, again.revision, again.digest) == (done.entry, done.revision, done.digest)
         made.standing = False
 
     @rule()
@@ -214,6 +260,7 @@ class Engines(RuleBasedStateMachine):
 
     @rule()
     def compact(self):
+        self.compacted = True
         self.engine.ledger.compact()
 
     @rule()
@@ -221,6 +268,9 @@ class Engines(RuleBasedStateMachine):
         audit = self.engine.audit()
         assert audit.published == self.engine.published
         assert [each.edit.id for each in audit.edits] == self.active()
+
+    def standing(self) -> set[str]:
+        return {made.applied.edit_id for made in self.made if made.standing}
 
     def active(self) -> list[str]:
         standing = [made.applied for made in self.made if made.standing]
@@ -248,6 +298,7 @@ class Engines(RuleBasedStateMachine):
     @invariant()
     def knows_what_was_active_at_every_revision(self):
         self.active_at[self.engine.published.revision] = self.active()
+        self.standing_at[self.engine.published.revision] = self.standing()
         for revision, active in self.active_at.items():
             assert [edit.id for edit in self.engine.history.active_at(revision)] == active
 

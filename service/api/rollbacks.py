@@ -1,0 +1,139 @@
+"""Routes for going back: to a revision or a tag, to the base and back by the kill switch; and the tags themselves."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, Writable, expected_revision, tag
+from service.api.problems import responses
+from service.api.requests import DryRunQuery, NoQuery, ReasonBody, ReasonQuery, RestoreBody, TagBody, TagName, note_of
+from service.api.rollback_views import KillSwitchView, RestoreView, TagList, TagView
+from service.engine import Engine
+from service.ledger import Restored
+
+router = APIRouter()
+
+
+@router.post("/rollback", responses=responses(400, 404, 409, 412, 413, 422, 503))
+def post_rollback(
+    body: RestoreBody,
+    engine: Writable,
+    response: Response,
+    query: Annotated[DryRunQuery, Query()],
+    actor: Actor = None,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> RestoreView:
+    """Make exactly those edits stand that stood at a revision, or at that of a tag: the same weights, bit for bit.
+
+    Edits that were made since are taken back, and those that were taken back since are returned, unless they have
+    expired. `dry_run=true` shows which, with the answers before and after.
+    """
+    note = note_of(actor, idempotency_key, body.reason, "restore", body.to, query.dry_run)
+    done = engine.restore(body.to, note, expected_revision=expected_revision(if_match, engine), dry_run=query.dry_run)
+    tag(response, done.revision)
+    return RestoreView.of(done)
+
+
+@router.get("/kill-switch", responses=responses(503))
+def get_kill_switch(engine: Loaded, response: Response) -> KillSwitchView:
+    """Whether the base is served, and nothing changed, and who wanted that why."""
+    return _switched(engine, engine.history.switched, response, live=True)
+
+
+@router.put("/kill-switch", responses=responses(400, 412, 413, 422, 503))
+def put_kill_switch(
+    engine: Writable,
+    response: Response,
+    _: Annotated[NoQuery, Query()],
+    body: ReasonBody | None = None,
+    actor: Actor = None,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> KillSwitchView:
+    """Serve the pristine base at once, and make no change until it is released, on every replica."""
+    note = note_of(actor, idempotency_key, body and body.reason, "kill")
+    entry = engine.kill(note, expected_revision=expected_revision(if_match, engine))
+    return _switched(engine, entry, response)
+
+
+@router.delete("/kill-switch", responses=responses(400, 409, 412, 422, 503))
+def delete_kill_switch(
+    engine: Writable,
+    response: Response,
+    query: Annotated[ReasonQuery, Query()],
+    actor: Actor = None,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> KillSwitchView:
+    """Serve again what was served before, but for what has expired since."""
+    note = note_of(actor, idempotency_key, query.reason, "revive")
+    entry = engine.revive(note, expected_revision=expected_revision(if_match, engine))
+    return _switched(engine, entry or engine.history.switched, response, live=entry is None)
+
+
+def _switched(engine: Engine, entry: Restored | None, response: Response, *, live: bool = False) -> KillSwitchView:
+    """live: beside who switched it, the state that is live now, not the one that it led to."""
+    published = engine.published
+    if live or entry is None:
+        revision, digest, active = published.revision, published.digest, published.active_edits
+    else:
+        revision, digest = entry.sequence, entry.state_digest
+        active = len(engine.history.active_at(revision))
+    tag(response, revision)
+    return KillSwitchView.of(entry, revision, digest, active)
+
+
+@router.get("/tags", responses=responses(503))
+def get_tags(engine: Loaded, response: Response) -> TagList:
+    """Every tag, newest first."""
+    tag(response, engine.published)
+    return TagList(items=[TagView.of(tagged) for tagged in engine.history.tags()])
+
+
+@router.get("/tags/{name}", responses=responses(404, 422, 503))
+def get_tag(name: TagName, engine: Loaded, response: Response) -> TagView:
+    """One tag."""
+    tag(response, engine.published)
+    return TagView.of(engine.history.tag(name))
+
+
+@router.put("/tags/{name}", responses=responses(400, 404, 409, 412, 413, 422, 503))
+def put_tag(
+    name: TagName,
+    engine: Writable,
+    response: Response,
+    _: Annotated[NoQuery, Query()],
+    body: TagBody | None = None,
+    actor: Actor = None,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> TagView:
+    """Name a revision, by default the live one. What a tag names can be restored, however much is compacted.
+
+    The tag is an entry of the ledger, and so a revision itself, of the same state.
+    """
+    body = body or TagBody()
+    note = note_of(actor, idempotency_key, body.reason, "tag", name, body.revision)
+    tagged = engine.tag(name, body.revision, note, expected_revision=expected_revision(if_match, engine))
+    tag(response, engine.published)
+    return TagView.of(tagged)
+
+
+@router.delete("/tags/{name}", responses=responses(400, 404, 412, 422, 503))
+def delete_tag(
+    name: TagName,
+    engine: Writable,
+    response: Response,
+    query: Annotated[ReasonQuery, Query()],
+    actor: Actor = None,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> TagView:
+    """Take a name away. The revision stays, but compaction may drop what is needed to restore it."""
+    note = note_of(actor, idempotency_key, query.reason, "untag", name)
+    tagged = engine.untag(name, note, expected_revision=expected_revision(if_match, engine))
+    tag(response, engine.published)
+    return TagView.of(tagged)

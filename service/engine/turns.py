@@ -1,0 +1,85 @@
+"""Whose turn it is: one change at a time, a few that wait, and of one Idempotency-Key only one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from service.engine.errors import Busy, IdempotencyKeyReused, RequestInFlight
+from service.engine.requests import EditRequest, Note
+
+MAX_WAITING = 12
+"""Changes that wait for the one under way, and readers that wait for a revision, at most of each: every one holds a
+thread, of which generation needs some too."""
+
+
+class Places:
+    """So many may be in here at once. what: as it is told to those who find no place."""
+
+    def __init__(self, what: str) -> None:
+        self._free, self._what = threading.BoundedSemaphore(MAX_WAITING), what
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A place. Raises Busy when there is none."""
+        if not self._free.acquire(blocking=False):
+            raise Busy(f"too many {self._what} are waiting; try again shortly", limit=MAX_WAITING)
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
+class Turns:
+    """A thread that has its turn may take another one inside."""
+
+    def __init__(self) -> None:
+        self._places, self._writing = Places("changes"), threading.RLock()
+        self._keys: dict[str, str | None] = {}
+        self._mutex = threading.Lock()
+
+    @contextmanager
+    def wait(self, asked: EditRequest | Note | None = None) -> Iterator[None]:
+        """Inside, nobody else changes anything.
+
+        Raises Busy; RequestInFlight, or IdempotencyKeyReused, while a request with the same key has or awaits its turn.
+        """
+        with self._alone(asked), self._places.one(), self.taken():
+            yield
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """The same for the service itself, which always finds a place."""
+        with self._writing:
+            yield
+
+    @contextmanager
+    def at_once(self) -> Iterator[bool]:
+        """The same without waiting; whether it is one's turn."""
+        free = self._writing.acquire(blocking=False)
+        try:
+            yield free
+        finally:
+            if free:
+                self._writing.release()
+
+    @contextmanager
+    def _alone(self, asked: EditRequest | Note | None) -> Iterator[None]:
+        key = asked and asked.idempotency_key
+        if key is None:
+            yield
+            return
+        with self._mutex:
+            if key in self._keys and self._keys[key] != asked.request_digest:
+                raise IdempotencyKeyReused("this Idempotency-Key is in use for another request; take a new key")
+            if key in self._keys:
+                raise RequestInFlight(
+                    "a request with this Idempotency-Key is being worked on; ask again shortly for what came of it"
+                )
+            self._keys[key] = asked.request_digest
+        try:
+            yield
+        finally:
+            with self._mutex:
+                del self._keys[key]
