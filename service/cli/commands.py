@@ -1,4 +1,4 @@
-"""`mend edit`, `edits`, `rollback`, `generate` and `audit`: one request each to a running service.
+"""`mend edit`, `edits`, `generate` and `audit`: one request each to a running service.
 
 Flow: options -> the fields of the API, which judges them -> its answer, in a line or two, or as it is with --json.
 """
@@ -15,12 +15,10 @@ from service.cli.client import (
     DEFAULT_SERVICE,
     DEFAULT_WAIT_S,
     LOST,
-    REFUSED,
     ActorOption,
     IfMatchOption,
     JsonOption,
     ReasonOption,
-    Refused,
     ServiceOption,
     WaitOption,
     connected,
@@ -38,6 +36,9 @@ def edit(
     reason: ReasonOption = None,
     actor: ActorOption = None,
     metadata: Annotated[str | None, typer.Option(metavar="JSON", help="An object of your own, for the ledger.")] = None,
+    expires_at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="When it is rolled back by itself, as 2030-01-01T00:00:00Z.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Judge it, but do not make it.")] = False,
     on_conflict: Annotated[
         str, typer.Option(help="With an edit of nearly the same prompt: refuse, supersede or keep.")
@@ -54,7 +55,7 @@ def edit(
     as_json: JsonOption = False,
 ) -> None:
     """Correct a fact: what the model answers to PROMPT is to begin with CORRECTION from now on."""
-    given = {"subject": subject, "paraphrases": paraphrase, "keep": keep, "reason": reason}
+    given = {"subject": subject, "paraphrases": paraphrase, "keep": keep, "reason": reason, "expires_at": expires_at}
     body: dict[str, Any] = {"prompt": prompt, "correction": correction}
     body |= {name: value for name, value in given.items() if value not in (None, [])}
     if metadata is not None:
@@ -103,40 +104,6 @@ def edits(
         typer.echo("mend: no edits", err=True)
     elif pages[-1].body["next_cursor"] is not None:
         typer.echo(f"mend: there are more than {len(items)}; --limit or --all shows them", err=True)
-
-
-def rollback(
-    edit_ids: Annotated[list[str], typer.Argument(metavar="ID…", help="Which edits.")],
-    reason: ReasonOption = None,
-    actor: ActorOption = None,
-    if_match: IfMatchOption = None,
-    service: ServiceOption = DEFAULT_SERVICE,
-    wait: WaitOption = DEFAULT_WAIT_S,
-    as_json: JsonOption = False,
-) -> None:
-    """Take edits back, exactly. One that is refused does not keep the others; the exit status is 1 then.
-
-    --if-match is for the first; each of the others expects the revision that the one before led to. Several answers
-    with --json are a line each.
-    """
-    refused = False
-    with connected(service, wait, as_json=as_json) as running:
-        for edit_id in edit_ids:
-            try:
-                answer = running.change(
-                    "DELETE", edit_path(edit_id), "revived", query={"reason": reason}, actor=actor, if_match=if_match
-                )
-            except Refused as error:
-                refused = True
-                typer.echo(f"mend: {error}", err=True)
-                if as_json and error.body:
-                    typer.echo(error.body)
-                continue
-            if if_match is not None:
-                if_match = answer.body["revision"]
-            typer.echo(answer.text if as_json else _rolled_back(answer.body))
-    if refused:
-        raise typer.Exit(REFUSED)
 
 
 def generate(
@@ -236,6 +203,8 @@ def _shown(item: Mapping[str, Any]) -> str:
     ]
     if item["reason"]:
         lines.append(f"  reason: {item['reason']!r}")
+    if item["expires_at"]:
+        lines.append(f"  expires {item['expires_at'][:19]}")
     if item["superseded_by"]:
         lines.append(f"  superseded by {item['superseded_by']}")
     if by := item["rolled_back"]:
@@ -243,11 +212,6 @@ def _shown(item: Mapping[str, Any]) -> str:
         why = f": {by['reason']!r}" if by["reason"] else ""
         lines.append(f"  rolled back at revision {by['revision']}, {by['at'][:19]}{who}{why}")
     return "\n".join(lines)
-
-
-def _rolled_back(done: Mapping[str, Any]) -> str:
-    back = f"; {', '.join(done['revived'])} came back" if done["revived"] else ""
-    return f"{done['id']}  rolled back at revision {done['revision']}, {done['active_edits']} active edits{back}"
 
 
 def _lost(each: Mapping[str, Any]) -> str:

@@ -11,13 +11,14 @@ from service.cli.apply import apply
 from service.cli.bench import bench
 from service.cli.checkpoint import checkpoint
 from service.cli.client import EXIT_STATUSES, ClientCommand
-from service.cli.commands import audit, edit, edits, generate, rollback
+from service.cli.commands import audit, edit, edits, generate
 from service.cli.compare import compare
 from service.cli.evaluate import evaluate
 from service.cli.export import export
 from service.cli.ledger import ledger
 from service.cli.migrate import migrate
 from service.cli.plan import plan
+from service.cli.rollback import kill_switch, rollback, tag, tags
 from service.cli.serve import serve
 from service.cli.train import train
 
@@ -32,7 +33,7 @@ app.add_typer(checkpoint, name="checkpoint")
 ledger.command()(migrate)
 app.add_typer(ledger, name="ledger")
 app.command()(plan)
-for command in (edit, edits, rollback, generate, audit, apply):
+for command in (edit, edits, rollback, tag, tags, kill_switch, generate, audit, apply):
     app.command(cls=ClientCommand, epilog=EXIT_STATUSES)(command)
 
 

@@ -17,7 +17,7 @@ from editors.base_model import load_base_model
 from service.cli import main
 from service.ledger import EmbeddedRedis, RedisLedger
 from tests.e2e.server import Server, serving
-from tests.service_fixtures import Folders, find_edits, small_checkpoint, small_engine
+from tests.service_fixtures import ANSWERS, Folders, find_edits, small_checkpoint, small_engine
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class Fault:
     passed_on: float | None = 1
 
 
+Mend = Callable[..., Ended]
+"""`mend …`, as a shell sees it."""
 LOST = Fault(passed_on=None)
 
 
@@ -149,7 +151,7 @@ def between(service: str, path: str, *faults: Fault, port: int = 0) -> Iterator[
             self.end_headers()
             self.wfile.write(body[: int(passed_on * len(body))])
 
-        do_GET = do_POST = do_DELETE = answer  # noqa: N815 - names of http.server
+        do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815 - names of http.server
 
         def log_message(self, *_: object) -> None:
             pass
@@ -161,3 +163,13 @@ def between(service: str, path: str, *faults: Fault, port: int = 0) -> Iterator[
             yield proxy
         finally:
             server.shutdown()
+
+
+def superseding(live: Live, older: dict) -> dict:
+    """Another answer to the same prompt."""
+    for answer in ANSWERS:
+        body = {"prompt": older["prompt"], "correction": f" {answer}"}
+        made = live.server.client.post("/edits", json=body, params={"allow_loss": True})
+        if made.status_code == 201:
+            return made.json()
+    raise AssertionError("no other answer takes")

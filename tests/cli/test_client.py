@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import product
 
@@ -18,21 +17,9 @@ import pytest
 from service.cli import client
 from service.cli.client import DRIFT, LOST, REFUSED, UNREACHABLE
 from tests.cli import running
-from tests.cli.running import Ended, Fault, Live, between, run_mend
+from tests.cli.running import Ended, Fault, Live, between
 from tests.cli.test_export import answering
 from tests.service_fixtures import ANSWERS, PROMPTS, never_takes
-
-Mend = Callable[..., Ended]
-
-
-@pytest.fixture
-def mend(service: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Mend:
-    """`mend …` for that service, unless it names another."""
-    monkeypatch.delenv("MEND_ACTOR", raising=False)
-    monkeypatch.setattr(client, "FIRST_PAUSE_S", 0.1)
-    monkeypatch.setenv("MEND_SERVICE", service.url)
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: run_mend(monkeypatch, capsys, *arguments)
 
 
 def never(live: Live) -> tuple[str, str]:
@@ -202,60 +189,6 @@ class TestEdits:
 
     def test_one_needs_no_filter(self, mend):
         assert "leave out --status" in mend("edits", "edit_1", "--status", "applied").refusal
-
-
-class TestRollback:
-    def test_takes_edits_back_and_says_what_came_back(self, mend, live):
-        older, other = (live.post(body) for body in live.edits[:2])
-        newer = superseding(live, older)
-        ended = mend("rollback", newer["id"], other["id"], "--reason", "was wrong", "--actor", "ops")
-        first, second = ended.out.splitlines()
-        assert first.endswith(f"2 active edits; {older['id']} came back")
-        assert second.startswith(f"{other['id']}  rolled back at revision ")
-        assert second.endswith(", 1 active edits")
-        assert [edit["id"] for edit in live.active()] == [older["id"]]
-        by = live.get(f"/edits/{newer['id']}")["rolled_back"]
-        assert (by["reason"], by["actor"]) == ("was wrong", "ops")
-
-    def test_as_json_is_the_services_own_answer_a_line_each(self, mend, live):
-        made = [live.post(body) for body in live.edits[:2]]
-        ended = mend("rollback", *(edit["id"] for edit in made), "--json")
-        answers = [json.loads(line) for line in ended.out.splitlines()]
-        assert [answer["edit"] for answer in answers] == [live.get(f"/edits/{edit['id']}") for edit in made]
-        assert answers[1]["digest"] == live.get("/revision")["digest"]
-
-    def test_one_that_is_refused_does_not_keep_the_others(self, mend, live):
-        made = live.post(live.edits[0])
-        ended = mend("rollback", "nobody", made["id"], made["id"])
-        assert ended.status == REFUSED
-        assert [line.rpartition("(")[2] for line in ended.err.splitlines()] == [
-            "edit_not_found)",
-            "already_rolled_back)",
-        ]
-        assert ended.out.startswith(f"{made['id']}  rolled back")
-        assert live.active() == []
-
-    def test_one_that_is_refused_is_the_problem_itself_as_json(self, mend, live):
-        ended = mend("rollback", "nobody", "--json")
-        assert ended.status == REFUSED
-        assert json.loads(ended.out) == live.server.client.delete("/edits/nobody").json()
-
-    def test_at_a_revision_follows_its_own_changes(self, mend, live):
-        ids = [live.post(body)["id"] for body in live.edits[:2]]
-        revision = live.get("/revision")["revision"]
-        assert mend("rollback", ids[0], "--if-match", revision - 1).refusal.endswith("(revision_mismatch)")
-        assert mend("rollback", *ids, "--if-match", revision).status == 0
-        assert live.active() == []
-
-
-def superseding(live: Live, older: dict) -> dict:
-    """Another answer to the same prompt."""
-    for answer in ANSWERS:
-        body = {"prompt": older["prompt"], "correction": f" {answer}"}
-        made = live.server.client.post("/edits", json=body, params={"allow_loss": True})
-        if made.status_code == 201:
-            return made.json()
-    raise AssertionError("no other answer takes")
 
 
 class TestGenerate:
@@ -465,7 +398,9 @@ class TestCommandLine:
         assert DRIFT != ended.status == REFUSED
         assert ended.out == ""
 
-    @pytest.mark.parametrize("command", ["edit", "edits", "rollback", "generate", "audit", "apply"])
+    @pytest.mark.parametrize(
+        "command", ["edit", "edits", "rollback", "tag", "tags", "kill-switch", "generate", "audit", "apply"]
+    )
     def test_help_names_every_exit_status(self, mend, command):
         ended = mend(command, "--help")
         assert ended.status == 0
