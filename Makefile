@@ -22,7 +22,7 @@ usage_evaluate = make evaluate DATA=validation.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test faults lint train evaluate bench bench-many lock clean
+.PHONY: help setup serve test faults load lint train evaluate bench bench-many lock clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,10 @@ test: $(STAMP) ## Run the tests
 
 faults: $(STAMP) ## Kill, freeze and starve services 200 times, and look for losses
 	OMP_NUM_THREADS=1 $(PY) -m tests.faults $(ARGS)
+
+load: $(STAMP) ## Ten minutes of edits and generations at once: figures, errors, growth of memory
+	$(PY) -m pip install --quiet --editable '.[load]'
+	$(PY) -m tests.load $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and the direction of imports
 	$(VENV)/bin/ruff check
