@@ -1,8 +1,8 @@
 """Whether anything was lost: what was answered, against the ledger, an independent replay of it, and the service.
 
 The replay shares nothing with the service but the arithmetic of factors. It reads Redis with a plain client, follows
-the hash chain, and finds the active edits by their definition: those that are not rolled back and that nothing which
-stands supersedes.
+the hash chain, and finds the active edits by their definition: those that stand and that nothing which stands
+supersedes.
 """
 
 from __future__ import annotations
@@ -105,12 +105,20 @@ class Replay:
     @property
     def statuses(self) -> dict[str, str]:
         """Of every edit, by its id."""
-        rolled_back = {entry["edit_id"] for entry in self.entries if entry["kind"] == "rolled_back"}
+        stood: list[set[str]] = [set()]
+        for entry in self.entries:
+            match entry["kind"]:
+                case "applied":
+                    stood.append(stood[-1] | {entry["edit_id"]})
+                case "rolled_back":
+                    stood.append(stood[-1] - {entry["edit_id"]})
+                case "restored":
+                    stood.append(stood[entry["revision"]])
         applied = [entry for entry in self.entries if entry["kind"] == "applied"]
-        standing = [entry for entry in applied if entry["edit_id"] not in rolled_back]
+        standing = [entry for entry in applied if entry["edit_id"] in stood[-1]]
         superseded = {older for entry in standing for older in entry["supersedes"]}
         return {
-            each["edit_id"]: "rolled_back" if each["edit_id"] in rolled_back
+            each["edit_id"]: "rolled_back" if each["edit_id"] not in stood[-1]
             else "superseded" if each["edit_id"] in superseded else "applied"
             for each in applied
         }  # fmt: skip
@@ -168,9 +176,9 @@ def _settle(http: httpx.Client, ask: Ask) -> str | None:
 
 def _recorded(record: Record, replay: Replay) -> Iterator[str]:
     """The ledger must hold what was acknowledged, once, and nothing else; and all that was ever seen live."""
-    stored: dict[str, list[tuple[str, str]]] = {ask.key: [] for ask in record.asks}
+    stored: dict[str, list[tuple[str, str | None]]] = {ask.key: [] for ask in record.asks}
     for entry in replay.entries:
-        stored.setdefault(entry["idempotency_key"], []).append((entry["kind"], entry["edit_id"]))
+        stored.setdefault(entry["idempotency_key"], []).append((entry["kind"], entry.get("edit_id")))
     acknowledged = {ask.key: ask for ask in record.asks}
     for key, entries in stored.items():
         ask = acknowledged.get(key)

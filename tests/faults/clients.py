@@ -22,7 +22,7 @@ import httpx
 from tests.faults.processes import Service
 from tests.service_fixtures import ANSWERS, PROMPTS
 
-Kind = Literal["edit", "batch", "rollback", "supersede"]
+Kind = Literal["edit", "batch", "rollback", "supersede", "restore"]
 Verdict = Literal["made", "unchanged", "refused", "unknown"]
 TERMS = {"allow_loss": True, "on_conflict": "supersede"}
 """Under which most edits of a small model are made."""
@@ -36,6 +36,8 @@ REFUSALS = {
     "drawdown_exceeded",
     "duplicate_prompt",
     "edit_conflict",
+    "revision_not_found",
+    "revision_not_restorable",
     "state_full",
     "would_break_edits",
 }
@@ -103,16 +105,19 @@ class Ask:
         first = self.answers[0]
         if first.status >= 400:
             return "refused"
-        return "made" if first.body["id"] else "unchanged"
+        made = first.body["status"] == "restored" if self.kind == "restore" else first.body["id"]
+        return "made" if made else "unchanged"
 
     @property
-    def entries(self) -> list[tuple[str, str]]:
-        """What the ledger must hold of it: the kind of each entry, and the id of its edit."""
+    def entries(self) -> list[tuple[str, str | None]]:
+        """What the ledger must hold of it: the kind of each entry, and the id of its edit if it is of one."""
         if self.verdict != "made":
             return []
         body = self.answers[0].body
         if self.kind == "rollback":
             return [("rolled_back", body["id"])]
+        if self.kind == "restore":
+            return [("restored", None)]
         edits = body["edits"] if self.kind == "batch" else [body]
         return [("applied", edit["id"]) for edit in edits if edit["status"] == "applied"]
 
@@ -134,13 +139,16 @@ class Record:
         """A request of this kind, or of any; a plain edit where there is nothing yet to roll back or supersede."""
         with self._mutex:
             standing = self._standing()
-            kind = kind or rng.choices(["edit", "batch", "rollback", "supersede"], [5, 2, 2, 1])[0]
-            if kind in ("rollback", "supersede") and not standing:
+            kind = kind or rng.choices(["edit", "batch", "rollback", "supersede", "restore"], [5, 2, 2, 1, 1])[0]
+            if kind in ("rollback", "supersede", "restore") and not standing:
                 kind = "edit"
             key = f"{len(self.asks)}-{rng.getrandbits(64):016x}"
             if kind == "rollback":
                 path = f"/edits/{rng.choice(list(standing))}"
                 ask = Ask(kind, key, "DELETE", path, {"reason": key})
+            elif kind == "restore":
+                revision = rng.choice([0, *(revision for revision, _ in sorted(self.seen.copy()))])
+                ask = Ask(kind, key, "POST", "/rollback", {}, {"revision": revision, "reason": key})
             elif kind == "batch":
                 prompts = rng.sample(list(PROMPTS.values()), rng.randint(2, 4))
                 edits = [_edit(prompt, rng.choice(ANSWERS), key) for prompt in prompts]
@@ -160,7 +168,7 @@ class Record:
         asked = {ask.path.removeprefix("/edits/") for ask in self.asks if ask.kind == "rollback"}
         edits = {}
         for ask in self.asks:
-            if ask.kind != "rollback" and ask.verdict == "made":
+            if ask.kind not in ("rollback", "restore") and ask.verdict == "made":
                 body = ask.answers[0].body
                 for edit in body["edits"] if ask.kind == "batch" else [body]:
                     if edit["status"] == "applied" and edit["id"] not in asked:

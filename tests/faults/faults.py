@@ -30,6 +30,7 @@ STEPS: dict[Kind, tuple[str, ...]] = {
     "supersede": ("before", "propose", "search", "stage", "judge", *WRITING),
     "batch": ("before", "propose", "stage", "place", "judge", *WRITING),
     "rollback": WRITING,
+    "restore": WRITING,
 }
 """The failpoints that a change passes, in their order."""
 MOST_ASKS = 60
@@ -85,7 +86,7 @@ def ask_until_death(scene: Scene, record: Record, rng: Random, kind: Kind | None
             answer = record.draw(rng, kind).send(scene.service.http)
         if answer is None and scene.service.await_end(DIES_WITHIN_S):
             return
-        if kind == "rollback":
+        if kind in ("rollback", "restore"):
             record.draw(rng, "edit").send(scene.service.http)
     raise Missed(f"nothing of {MOST_ASKS} passed the failpoint")
 
@@ -304,6 +305,7 @@ AT_EVERY_STEP = tuple(
         "edit": "an edit",
         "batch": "a batch",
         "rollback": "a rollback",
+        "restore": "a return to a revision",
         "supersede": "an edit that supersedes",
     }.items()
 )
