@@ -87,7 +87,10 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         ledger.inspect()
         engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
         engine.catch_up()
-        engine.expire()
+        try:
+            engine.expire()
+        except (EngineError, LedgerError) as error:  # tried again as soon as the model is served
+            logger.warning("what has expired is not rolled back yet: %s", error)
         unasked = settings.editor is None and engine.published.revision == 0
         _look_for_others(ledger, model, checkpoint, own, required=unasked)
         yield engine, embedded

@@ -124,7 +124,7 @@ def post_batch(
         raise RequestValidationError([{"type": "wait", "loc": ("query", "wait"), "msg": said}])
     if lines:
         return StreamingResponse(told(apply), 200, media_type=JSON_LINES)
-    outcome = waiting.made(idempotency_key, digest, query.wait, lambda: apply(lambda step, done, of: None))
+    outcome = waiting.made(engine, idempotency_key, digest, query.wait, lambda: apply(lambda *_: None))
     if isinstance(outcome, JSONResponse):
         return outcome
     if not outcome.committed:

@@ -9,7 +9,16 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import Path
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from editors.formats import ExportFormat
 from service.engine import EditRequest, Note, OnConflict
@@ -134,8 +143,11 @@ class EditBody(_Request):
 
 
 def digest_of(*parts: BaseModel) -> str:
-    """By which a repeated request is known: SHA-256 of what it asks and on which terms, in hexadecimal."""
-    return hashlib.sha256("\n".join(part.model_dump_json() for part in parts).encode()).hexdigest()
+    """By which a repeated request is known: SHA-256 of what it asks and on which terms, in hexadecimal.
+
+    Without what is left to its default, so that a field which a later version adds changes none.
+    """
+    return hashlib.sha256("\n".join(part.model_dump_json(exclude_defaults=True) for part in parts).encode()).hexdigest()
 
 
 class EditQuery(_Request):
@@ -194,7 +206,7 @@ class RollbackQuery(DryRunQuery):
 class RestoreBody(_Request):
     """Where to go back to: a revision, or one by its tag."""
 
-    revision: int | None = Field(None, ge=0, lt=2**53, description="0 is the base, without any edit.")
+    revision: int | None = Field(None, ge=0, lt=2**53, strict=True, description="0 is the base, without any edit.")
     tag: str | None = Field(None, max_length=64)
     reason: Reason = None
 
@@ -218,7 +230,7 @@ class ReasonBody(_Request):
 class TagBody(ReasonBody):
     """What to name."""
 
-    revision: int | None = Field(None, ge=0, lt=2**53, description="Without it, the live one.")
+    revision: int | None = Field(None, ge=0, lt=2**53, strict=True, description="Without it, the live one.")
 
 
 class ReasonQuery(_Request):
@@ -227,8 +239,15 @@ class ReasonQuery(_Request):
     reason: Reason = None
 
 
+def _not_base(name: str) -> str:
+    if name == "base":
+        raise ValueError("base is what revision 0 is called; take another name")
+    return name
+
+
 TagName = Annotated[
     str,
+    AfterValidator(_not_base),
     Path(
         pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,63}$",
         description="Begins with a letter; then letters, digits, `.`, `_`, `-`; 64 at most.",

@@ -100,8 +100,9 @@ class RestoreView(BaseModel):
 
     @classmethod
     def of(cls, done: Reversal) -> Self:
+        changed = bool(done.change.taken or done.change.returned)
         return cls(
-            status="unchanged" if done.entry is None else "restored" if done.committed else "dry_run",
+            status="unchanged" if not changed else "restored" if done.committed else "dry_run",
             revision=done.revision,
             digest=done.digest,
             active_edits=done.active_edits,
@@ -110,7 +111,7 @@ class RestoreView(BaseModel):
             restored=list(done.change.returned),
             expired=list(done.change.expired),
             changes=changes_of(done),
-            undo=TargetView(revision=done.revision - 1, tag=None) if done.committed else None,
+            undo=TargetView(revision=done.revision - 1, tag=None) if changed and done.committed else None,
         )
 
 

@@ -37,13 +37,13 @@ def post_rollback(
     return RestoreView.of(done)
 
 
-@router.get("/kill-switch", responses=responses(503))
+@router.get("/kill-switch", responses=responses(400, 503))
 def get_kill_switch(engine: Loaded, response: Response) -> KillSwitchView:
     """Whether the base is served, and nothing changed, and who wanted that why."""
     return _switched(engine, engine.history.switched, response, live=True)
 
 
-@router.put("/kill-switch", responses=responses(400, 412, 413, 422, 503))
+@router.put("/kill-switch", responses=responses(400, 409, 412, 413, 422, 503))
 def put_kill_switch(
     engine: Writable,
     response: Response,
@@ -53,10 +53,13 @@ def put_kill_switch(
     if_match: IfMatch = None,
     idempotency_key: IdempotencyKey = None,
 ) -> KillSwitchView:
-    """Serve the pristine base at once, and make no change until it is released, on every replica."""
+    """Serve the pristine base, and make no change until it is released, on every replica.
+
+    It waits for nobody: a change that is under way is given up at its next step.
+    """
     note = note_of(actor, idempotency_key, body and body.reason, "kill")
     entry = engine.kill(note, expected_revision=expected_revision(if_match, engine))
-    return _switched(engine, entry, response)
+    return _switched(engine, entry, response, live=idempotency_key is None)
 
 
 @router.delete("/kill-switch", responses=responses(400, 409, 412, 422, 503))
@@ -71,11 +74,11 @@ def delete_kill_switch(
     """Serve again what was served before, but for what has expired since."""
     note = note_of(actor, idempotency_key, query.reason, "revive")
     entry = engine.revive(note, expected_revision=expected_revision(if_match, engine))
-    return _switched(engine, entry or engine.history.switched, response, live=entry is None)
+    return _switched(engine, entry or engine.history.switched, response, live=idempotency_key is None)
 
 
-def _switched(engine: Engine, entry: Restored | None, response: Response, *, live: bool = False) -> KillSwitchView:
-    """live: beside who switched it, the state that is live now, not the one that it led to."""
+def _switched(engine: Engine, entry: Restored | None, response: Response, *, live: bool) -> KillSwitchView:
+    """live: beside who switched it, the state that is live now, not the one that it led to, as a repeat is told it."""
     published = engine.published
     if live or entry is None:
         revision, digest, active = published.revision, published.digest, published.active_edits
@@ -86,14 +89,14 @@ def _switched(engine: Engine, entry: Restored | None, response: Response, *, liv
     return KillSwitchView.of(entry, revision, digest, active)
 
 
-@router.get("/tags", responses=responses(503))
+@router.get("/tags", responses=responses(400, 503))
 def get_tags(engine: Loaded, response: Response) -> TagList:
     """Every tag, newest first."""
     tag(response, engine.published)
     return TagList(items=[TagView.of(tagged) for tagged in engine.history.tags()])
 
 
-@router.get("/tags/{name}", responses=responses(404, 422, 503))
+@router.get("/tags/{name}", responses=responses(400, 404, 422, 503))
 def get_tag(name: TagName, engine: Loaded, response: Response) -> TagView:
     """One tag."""
     tag(response, engine.published)
@@ -118,11 +121,11 @@ def put_tag(
     body = body or TagBody()
     note = note_of(actor, idempotency_key, body.reason, "tag", name, body.revision)
     tagged = engine.tag(name, body.revision, note, expected_revision=expected_revision(if_match, engine))
-    tag(response, engine.published)
+    tag(response, tagged.sequence if idempotency_key else engine.published)
     return TagView.of(tagged)
 
 
-@router.delete("/tags/{name}", responses=responses(400, 404, 412, 422, 503))
+@router.delete("/tags/{name}", responses=responses(400, 404, 409, 412, 422, 503))
 def delete_tag(
     name: TagName,
     engine: Writable,
@@ -135,5 +138,5 @@ def delete_tag(
     """Take a name away. The revision stays, but compaction may drop what is needed to restore it."""
     note = note_of(actor, idempotency_key, query.reason, "untag", name)
     tagged = engine.untag(name, note, expected_revision=expected_revision(if_match, engine))
-    tag(response, engine.published)
+    tag(response, tagged.sequence)
     return TagView.of(tagged)

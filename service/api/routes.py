@@ -76,6 +76,7 @@ def post_edit(
     request = body.as_request(actor, idempotency_key, digest)
     revision = expected_revision(if_match, engine)
     outcome = waiting.made(
+        engine,
         idempotency_key,
         digest,
         query.wait,

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -19,11 +20,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from service.api.views import Pending
-from service.engine import IdempotencyKeyReused
+from service.engine import EditRefused, Engine, IdempotencyKeyReused
 from service.engine.turns import Places
 
-KEPT_S = 600.0
-"""After its end, so that a client who asks seldom still learns why it was refused."""
+KEPT, KEPT_S = 256, 600.0
+"""How many outcomes, for how long after they are known, so that who asks seldom still learns why it was refused."""
 ASK_AGAIN_S = 1
 Made = TypeVar("Made")
 
@@ -41,10 +42,15 @@ class Waiting:
     def __init__(self) -> None:
         self._running: dict[str, _Running] = {}
         self._mutex = threading.Lock()
-        self._places = Places("requests for what came of a change")
+        self._asking, self._working = Places("requests for what came of a change"), Places("changes")
 
     def made(
-        self, key: str | None, request_digest: str, wait_s: float | None, change: Callable[[], Made]
+        self,
+        engine: Engine,
+        key: str | None,
+        request_digest: str,
+        wait_s: float | None,
+        change: Callable[[], Made],
     ) -> Made | JSONResponse:
         """What came of a change, or after `wait_s` that it is pending. Without wait_s: it is made here and now.
 
@@ -55,15 +61,15 @@ class Waiting:
         if key is None:
             said = "needs the header Idempotency-Key, by which to ask again"
             raise RequestValidationError([{"type": "missing", "loc": ("query", "wait"), "msg": said}])
-        with self._places.one():
+        if engine.history.by_idempotency_key(key) is not None:  # whatever was said of it here before
+            return change()
+        with self._asking.one():
             running = self._begun(key, request_digest, change)
             wait([running.made], wait_s)
         if not running.made.done():
             detail = "it is being worked on; send the same request with the same Idempotency-Key for what came of it"
             return JSONResponse(Pending(detail=detail).model_dump(), 202, {"Retry-After": str(ASK_AGAIN_S)})
-        with self._mutex:
-            if self._running.get(key) is running:
-                del self._running[key]
+        self._end(key, running)
         return running.made.result()
 
     def _begun(self, key: str, request_digest: str, change: Callable[[], Any]) -> _Running:
@@ -75,24 +81,41 @@ class Waiting:
             if running is not None:
                 return running
             running = self._running[key] = _Running(request_digest)
-        work = contextvars.copy_context()
-        threading.Thread(target=work.run, args=(_run, running, change), name="change", daemon=True).start()
+        place, context = self._working.one(), contextvars.copy_context()
+        try:
+            place.__enter__()
+            work = threading.Thread(target=context.run, args=(self._work, key, running, change, place), daemon=True)
+            work.start()
+        except BaseException:
+            self._end(key, running)
+            raise
         return running
 
-    def _forget(self) -> None:
-        now = time.monotonic()
-        for key, running in list(self._running.items()):
-            if running.ended_at is not None and now - running.ended_at > KEPT_S:
+    def _work(
+        self, key: str, running: _Running, change: Callable[[], Any], place: AbstractContextManager[None]
+    ) -> None:
+        try:
+            running.made.set_result(change())
+        except Exception as error:  # told to whoever asks
+            error.__cause__ = error.__context__ = None
+            running.made.set_exception(error.with_traceback(None))  # whose frames hold all of the request
+            if not isinstance(error, EditRefused):  # worth another try
+                self._end(key, running)
+        finally:
+            running.ended_at = time.monotonic()
+            place.__exit__(None, None, None)
+
+    def _end(self, key: str, running: _Running) -> None:
+        with self._mutex:
+            if self._running.get(key) is running:
                 del self._running[key]
 
-
-def _run(running: _Running, change: Callable[[], Any]) -> None:
-    try:
-        running.made.set_result(change())
-    except Exception as error:  # told to whoever asks
-        running.made.set_exception(error)
-    finally:
-        running.ended_at = time.monotonic()
+    def _forget(self) -> None:
+        over = time.monotonic() - KEPT_S
+        ended = [key for key, running in self._running.items() if running.ended_at is not None]
+        for number, key in enumerate(reversed(ended)):
+            if number >= KEPT or self._running[key].ended_at < over:
+                del self._running[key]
 
 
 def current_waiting(request: Request) -> Waiting:

@@ -173,10 +173,10 @@ def _rolled_back(done: Mapping[str, Any]) -> Iterator[str]:
 def _restored(done: Mapping[str, Any]) -> Iterator[str]:
     if done["status"] == "unchanged":
         yield f"unchanged  revision {done['revision']}, {done['active_edits']} active edits"
-        return
-    undo = f"; --to {done['undo']['revision']} undoes it" if done["undo"] else ""
-    at = "dry run" if done["status"] == "dry_run" else f"revision {done['revision']}"
-    yield f"{at}: the state of revision {done['target']['revision']}, {done['active_edits']} active edits{undo}"
+    else:
+        undo = f"; --to {done['undo']['revision']} undoes it" if done["undo"] else ""
+        at = "dry run" if done["status"] == "dry_run" else f"revision {done['revision']}"
+        yield f"{at}: the state of revision {done['target']['revision']}, {done['active_edits']} active edits{undo}"
     yield from _changes(done)
     for edit_id in done["expired"]:
         yield f"  {edit_id}  has expired, and stays away"

@@ -107,6 +107,7 @@ class Batch:
         superseded = {edit_id for item in edits for edit_id in item.supersedes}
         with self._weights.staged(add=staged, remove=self._leaving(superseded)):
             self._tell("stage", ROUNDS - self._rounds + 1, ROUNDS + 1)
+            self._workshop.give_way()
             self._clock.lap("stage")
             require_room(self._weights.state.fullness())
             if self._find_places(edits, staged):
@@ -118,6 +119,7 @@ class Batch:
             others = [edit for edit in self._history.all_active() if edit.id not in superseded]
             harm = self._workshop.judge.harm(others)
             self._clock.lap("judge")
+            self._workshop.give_way()
             if not harm.tolerable(self._terms):
                 raise too_harmful(harm, {"edits": [item.shown() for item in self._items]})
             return self._made(edits, [factors.to_bytes() for factors in staged], harm)
@@ -277,5 +279,6 @@ class Batch:
 
     def _parts(self, step: str, items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
         for start in range(0, len(items), size):
+            self._workshop.give_way()
             yield items[start : start + size]
             self._tell(step, min(start + size, len(items)), len(items))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,6 +76,7 @@ class Engine:
         self.ledger = ledger
         self.weights = Weights(base, checkpoint)
         self.history = History(self._prompt_tokens)
+        self._turns, self._awaiting = Turns(), Places("requests for a later revision")
         answers = Answers(base, self.limits.answer_tokens)
         held, guard = HeldEdits(base, answers), Guard(base, self.weights.pristine.upper, guard_prompts)
         self._auditor = Auditor(self.weights, self.history, held)
@@ -90,8 +91,8 @@ class Engine:
             Proposer(checkpoint, self.weights.pristine.upper, self.weights.state),
             Judge(base, self.weights, answers, guard, held, self.limits),
             checkpoint.margin_nats,
+            self._turns.give_way,
         )
-        self._turns, self._awaiting = Turns(), Places("requests for a later revision")
         self._contradiction: LedgerDiverged | None = None
 
     # Reading
@@ -163,7 +164,7 @@ class Engine:
             _require_time(request)
             return make_edit(self._workshop, request, tokens, terms)
 
-        return self._behind_others(attempt, request)
+        return self._behind_others(attempt, self._turns.wait(request))
 
     def apply_batch(
         self,
@@ -198,7 +199,7 @@ class Engine:
             self._require_released()
             return batch.make()
 
-        return self._behind_others(attempt, requests[0])
+        return self._behind_others(attempt, self._turns.wait(requests[0]))
 
     def _item(self, index: int, request: EditRequest) -> Item:
         try:
@@ -236,12 +237,17 @@ class Engine:
         return self._reversal(self._once(attempt, note, expected_revision))
 
     def kill(self, note: Note = NOTHING, *, expected_revision: int | None = None) -> Restored:
-        """Serve the base, and make no change until `revive`. Returns the entry that says so. Raises as `restore`."""
-        return self._once(lambda: engage(self._workshop, note), note, expected_revision, killed_or_not=True)
+        """Serve the base, and make no change until `revive`. Returns the entry that says so. Raises as `restore`.
+
+        A change that is under way is given up.
+        """
+        turn = self._turns.taken_first(note)
+        return self._once(lambda: engage(self._workshop, note), note, expected_revision, turn, killed_or_not=True)
 
     def revive(self, note: Note = NOTHING, *, expected_revision: int | None = None) -> Restored | None:
         """Serve again what was served before `kill`, but for what expired since; None if nothing was killed."""
-        return self._once(lambda: release(self._workshop, note), note, expected_revision, killed_or_not=True)
+        turn = self._turns.taken(note)
+        return self._once(lambda: release(self._workshop, note), note, expected_revision, turn, killed_or_not=True)
 
     def tag(
         self, name: str, revision: int | None = None, note: Note = NOTHING, *, expected_revision: int | None = None
@@ -270,7 +276,7 @@ class Engine:
                 return roll_back(self._workshop, edit_id, EXPIRED, expired=True)
 
             with suppress(AlreadyRolledBack):  # by another service, which has a clock too
-                self._behind_others(attempt, EXPIRED)
+                self._behind_others(attempt, self._turns.taken())
                 done.append(edit)
         return done
 
@@ -279,6 +285,7 @@ class Engine:
         attempt: Callable[[], Changed],
         note: Note,
         expected_revision: int | None,
+        turn: AbstractContextManager[None] | None = None,
         *,
         killed_or_not: bool = False,
     ) -> Changed | Any:
@@ -293,14 +300,14 @@ class Engine:
                 self._require_released()
             return attempt()
 
-        return self._behind_others(once, note)
+        return self._behind_others(once, turn or self._turns.wait(note))
 
     def _reversal(self, done: Reversal | RolledBack | Restored) -> Reversal:
         return done if isinstance(done, Reversal) else Reversal.of(done, self.history)
 
-    def _behind_others(self, attempt: Callable[[], Changed], asked: EditRequest | Note) -> Changed:
+    def _behind_others(self, attempt: Callable[[], Changed], turn: AbstractContextManager[None]) -> Changed:
         """Make a change after everything that the ledger holds; once more if another writer was first meanwhile."""
-        with self._turns.wait(asked):
+        with turn:
             for _ in range(MAX_RACES - 1):
                 self.catch_up()
                 with suppress(LedgerConflict):
@@ -354,6 +361,8 @@ class Engine:
         with self._turns.at_once() as free:
             if free:
                 self.catch_up()
+            elif self._journal.sees_kill():
+                self._turns.interrupt()
             return free
 
     # Checking

@@ -19,7 +19,7 @@
     ├── RevisionNotFound         nothing was ever live under this number
     ├── RevisionNotRestorable    what stood at a revision is no longer kept
     ├── TagNotFound
-    ├── KillSwitchEngaged        no change is made until it is released
+    ├── KillSwitchEngaged        no change is made until it is released, and none that is under way goes on
     ├── RevisionMismatch         the caller's expected revision is not the current one
     ├── RevisionNotReached       the caller wants a revision that is not live here, or not yet
     ├── IdempotencyKeyReused     the same key with another request

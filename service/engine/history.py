@@ -102,8 +102,9 @@ class History:
         if isinstance(entry, Applied):
             self._apply(entry)
         elif isinstance(entry, Tagged):
-            self._tags.pop(entry.name, None)
-            if entry.revision is not None:
+            if entry.revision is None:
+                self._tags.pop(entry.name, None)
+            else:
                 self._tags[entry.name] = entry
         else:
             change = self.change(entry)
@@ -118,7 +119,7 @@ class History:
             for edit in map(self.find, self._touched(change)):
                 superseder = self._superseder(edit.id, self._standing) if edit.standing else None
                 self._edits[edit.id] = replace(edit, superseded_by=superseder)
-            if isinstance(entry, Restored) and entry.kill_switch:
+            if isinstance(entry, Restored) and entry.kill_switch not in (None, self._position):
                 self.switched = entry
         if entry.idempotency_key is not None:
             self._by_key[entry.idempotency_key] = entry
@@ -221,7 +222,11 @@ class History:
     @property
     def killed(self) -> Restored | None:
         """The entry that engaged the kill switch, until it is released."""
-        return self.switched if self.switched and self.switched.kill_switch == "engaged" else None
+        return self.switched if self._position == "engaged" else None
+
+    @property
+    def _position(self) -> str:
+        return self.switched.kill_switch if self.switched else "released"
 
     def require_revision(self, revision: int) -> None:
         """Raises RevisionNotFound unless this was live at some time."""
@@ -269,7 +274,7 @@ class History:
 
     def expired(self, moment: datetime) -> list[Edit]:
         """Edits that stand although their time has come."""
-        edits = map(self.find, self._expiring)
+        edits = map(self.find, list(self._expiring))
         return [edit for edit in edits if edit.standing and edit.expired_by(moment)]
 
     # Finding

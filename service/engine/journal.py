@@ -14,7 +14,7 @@ from service.engine.errors import EngineError, LedgerDiverged
 from service.engine.history import Edit, History
 from service.engine.weights import Weights
 from service.failpoints import reach
-from service.ledger import Entry, FactorsMissing, RedisLedger
+from service.ledger import Entry, FactorsMissing, RedisLedger, Restored, decode
 
 
 class Journal:
@@ -39,16 +39,17 @@ class Journal:
         stored = self._ledger.factors(edit.applied for edit in edits)
         return [_decoded(edit, raw) for edit, raw in zip(edits, stored, strict=True)]
 
-    def commit(self, *stored: tuple[Entry, bytes]) -> dict[str, float]:
+    def commit(self, *stored: tuple[Entry, bytes], needs: Iterable[Edit] = ()) -> dict[str, float]:
         """Make what is staged durable, with its factors, and then live. Returns the milliseconds of both steps.
 
-        Raises LedgerConflict, LedgerUnavailable, EntryInvalid; then nothing is live. What fails later leaves what the
-        ledger then holds to the next `catch_up`.
+        needs: edits whose factors must be kept still.
+        Raises LedgerConflict, LedgerUnavailable, FactorsMissing, EntryInvalid; then nothing is live. What fails later
+        leaves what the ledger then holds to the next `catch_up`.
         """
         clock, (last, _) = Clock(), stored[-1]
         published = self._weights.as_published(last.sequence, last.state_digest)
         if len(stored) == 1:
-            self._ledger.append(*stored[0])
+            self._ledger.append(*stored[0], needs=[edit.applied for edit in needs])
         else:
             self._ledger.append_all(stored)
         clock.lap("commit")
@@ -98,6 +99,14 @@ class Journal:
         reach("replay")
         self._weights.write_candidate()
         self._weights.publish(self._weights.as_published(last.sequence, last.state_digest))
+
+    def sees_kill(self) -> bool:
+        """Whether the kill switch is engaged beyond what was reached. For any thread, while the writer is at work."""
+        for _, fields in self._ledger.page(self.reached, snapshot=False):
+            entry = decode(fields[b"entry"])
+            if isinstance(entry, Restored) and entry.kill_switch == "engaged":
+                return True
+        return False
 
     def _read_on(self) -> list[Entry]:
         """What the ledger holds beyond what was reached.

@@ -7,7 +7,8 @@ Nothing is judged: the state was live before, and was judged then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -85,7 +86,8 @@ def restore(
 ) -> Reversal:
     """Make what stood at a revision stand again. Raises RevisionNotFound, RevisionNotRestorable, LedgerError."""
     change = workshop.history.restoring(target.revision, datetime.now(UTC))
-    if not (change.taken or change.returned or kill_switch):
+    kept = note.idempotency_key and not dry_run  # so that a repeated request is known, whatever happens meanwhile
+    if not (change.taken or change.returned or kill_switch or kept):
         now = workshop.weights.published
         return Reversal(None, change, now.revision, now.digest, now.active_edits, committed=False, target=target)
 
@@ -106,10 +108,10 @@ def restore(
 def _move(
     workshop: Workshop, change: Change, as_entry: Callable[..., RolledBack | Restored], note: Note, *, dry_run: bool
 ) -> Reversal:
-    journal, weights = workshop.journal, workshop.weights
-    require_factors(workshop, map(workshop.history.find, change.returned))
-    returning, leaving = journal.factors(change.returning), journal.factors(change.leaving)
-    with weights.staged(add=returning, remove=leaving):
+    weights, returned = workshop.weights, list(map(workshop.history.find, change.returned))
+    with _restorable():
+        workshop.journal.factors(returned)
+    with _staged(workshop, change):
         digest = weights.state.digest()
         entry = as_entry(
             sequence=weights.published.revision + 1, created_at=datetime.now(UTC), state_digest=digest, **vars(note)
@@ -118,14 +120,25 @@ def _move(
         if dry_run:
             now = weights.published.revision
             return replace(done, revision=now, committed=False, answers=_answers(workshop, change))
-        journal.commit((entry, b""))
+        with _restorable():
+            workshop.journal.commit((entry, b""), needs=returned)
     return done
 
 
-def require_factors(workshop: Workshop, edits: Any) -> None:
-    """Raises RevisionNotRestorable where some of these edits have lost their factors, LedgerUnavailable."""
+def _staged(workshop: Workshop, change: Change) -> AbstractContextManager[None]:
+    """By what is less to read: what changes, or what there is in the end. The base needs nothing of what was."""
+    journal, leaving = workshop.journal, {edit.id for edit in change.leaving}
+    remaining = [edit for edit in workshop.history.all_active() if edit.id not in leaving]
+    if len(remaining) < len(leaving):
+        return workshop.weights.staged_anew(journal.factors([*remaining, *change.returning]))
+    return workshop.weights.staged(add=journal.factors(change.returning), remove=journal.factors(change.leaving))
+
+
+@contextmanager
+def _restorable() -> Iterator[None]:
+    """Raises RevisionNotRestorable where factors of edits that were rolled back are gone."""
     try:
-        workshop.journal.factors(edits)
+        yield
     except FactorsMissing as error:
         raise RevisionNotRestorable(
             f"the factors of the edit of revision {error.facts['sequence']} were dropped after it was rolled back; "
@@ -149,13 +162,18 @@ def _tokens(workshop: Workshop, edit: Edit) -> Any:
 
 def engage(workshop: Workshop, note: Note) -> Restored:
     """Take all edits back, until `release`. The entry that did so, now or before. Raises LedgerError."""
-    return workshop.history.killed or restore(workshop, Target(0), note, kill_switch="engaged").entry
+    if workshop.history.killed and not note.idempotency_key:
+        return workshop.history.killed
+    return restore(workshop, Target(0), note, kill_switch="engaged").entry
 
 
 def release(workshop: Workshop, note: Note) -> Restored | None:
     """Return what stood before `engage`; None where nothing was killed. Raises LedgerError."""
     killed = workshop.history.killed
-    return killed and restore(workshop, Target(killed.sequence - 1), note, kill_switch="released").entry
+    if not (killed or note.idempotency_key):
+        return None
+    before = killed.sequence - 1 if killed else workshop.weights.published.revision
+    return restore(workshop, Target(before), note, kill_switch="released").entry
 
 
 def put_tag(workshop: Workshop, name: str, revision: int | None, note: Note) -> Tagged:
@@ -167,10 +185,13 @@ def put_tag(workshop: Workshop, name: str, revision: int | None, note: Note) -> 
     wanted = live if revision is None else revision
     history.require_revision(wanted)
     named = history.find_tag(name)
-    if named is not None and (named.revision == wanted or (revision is None and named.sequence == live)):
+    so_already = named and (named.revision == wanted or (revision is None and named.sequence == live))
+    if so_already and not note.idempotency_key:
         return named
-    require_factors(workshop, [edit for edit in history.standing_at(wanted) if not edit.standing])
-    return _tag(workshop, name, wanted, note)
+    now = datetime.now(UTC)
+    stood = [edit for edit in history.standing_at(wanted) if not (edit.standing or edit.expired_by(now))]
+    with _restorable():
+        return _tag(workshop, name, named.revision if so_already else wanted, note, needs=stood)
 
 
 def remove_tag(workshop: Workshop, name: str, note: Note) -> Tagged:
@@ -179,7 +200,7 @@ def remove_tag(workshop: Workshop, name: str, note: Note) -> Tagged:
     return _tag(workshop, name, None, note)
 
 
-def _tag(workshop: Workshop, name: str, revision: int | None, note: Note) -> Tagged:
+def _tag(workshop: Workshop, name: str, revision: int | None, note: Note, needs: Sequence[Edit] = ()) -> Tagged:
     weights = workshop.weights
     with weights.staged():
         entry = Tagged(
@@ -190,5 +211,5 @@ def _tag(workshop: Workshop, name: str, revision: int | None, note: Note) -> Tag
             revision=revision,
             **vars(note),
         )
-        workshop.journal.commit((entry, b""))
+        workshop.journal.commit((entry, b""), needs=needs)
     return entry

@@ -28,6 +28,7 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
         return Outcome(None, now.revision, now.digest, before, committed=False)
     (draft,) = workshop.proposer.draft([tokens])
     clock.lap("propose")
+    workshop.give_way()
     near = find_near(weights.state.overlaps(draft.rows), history)
     place = find_place(request, near, history, terms.on_conflict)
     others = [edit for edit in history.all_active() if edit.id not in place.supersedes]
@@ -38,12 +39,14 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
         clock.lap("search")
         attempts = Attempts(search, workshop.margin_nats)
         for index in attempts:
+            workshop.give_way()
             factors = draft.factors(SCALES[index])
             with weights.staged(add=[factors]):
                 clock.lap("stage")
                 require_room(weights.state.fullness())
                 (verdict,), harm = judge.verdicts([(request, tokens)]), judge.harm(others)
                 clock.lap("judge")
+                workshop.give_way()
                 took = verdict.took
                 measured = {"after": verdict.after, "checks": checks(verdict, harm, place)}
                 if took and harm.tolerable(terms):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.engine.errors import Busy, IdempotencyKeyReused, RequestInFlight
+from service.engine.errors import Busy, IdempotencyKeyReused, KillSwitchEngaged, RequestInFlight
 from service.engine.requests import EditRequest, Note
 
 MAX_WAITING = 12
@@ -36,6 +36,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._places, self._writing = Places("changes"), threading.RLock()
+        self._urgent, self._interrupted = 0, threading.Event()
         self._keys: dict[str, str | None] = {}
         self._mutex = threading.Lock()
 
@@ -45,20 +46,44 @@ class Turns:
 
         Raises Busy; RequestInFlight, or IdempotencyKeyReused, while a request with the same key has or awaits its turn.
         """
-        with self._alone(asked), self._places.one(), self.taken():
+        with self._alone(asked), self._places.one(), self._writing:
+            self.give_way()
             yield
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self, asked: EditRequest | Note | None = None) -> Iterator[None]:
         """The same for the service itself, which always finds a place."""
-        with self._writing:
+        with self._alone(asked), self._writing:
             yield
+
+    @contextmanager
+    def taken_first(self, asked: EditRequest | Note | None = None) -> Iterator[None]:
+        """The same before all who wait, and instead of who has the turn: the kill switch waits for nobody."""
+        with self._mutex:
+            self._urgent += 1
+        try:
+            with self.taken(asked):
+                yield
+        finally:
+            with self._mutex:
+                self._urgent -= 1
+
+    def interrupt(self) -> None:
+        """Have whoever has the turn give way, until somebody takes it `at_once`."""
+        self._interrupted.set()
+
+    def give_way(self) -> None:
+        """Called between the steps of a change. Raises KillSwitchEngaged where the kill switch is being engaged."""
+        if self._urgent or self._interrupted.is_set():
+            raise KillSwitchEngaged("the kill switch was engaged meanwhile; nothing of this change was made")
 
     @contextmanager
     def at_once(self) -> Iterator[bool]:
         """The same without waiting; whether it is one's turn."""
         free = self._writing.acquire(blocking=False)
         try:
+            if free:
+                self._interrupted.clear()
             yield free
         finally:
             if free:

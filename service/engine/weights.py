@@ -122,6 +122,18 @@ class Weights:
                 self.move(add=remove, remove=add)
 
     @contextmanager
+    def staged_anew(self, factors: Sequence[Factors]) -> Iterator[None]:
+        """The same with these edits alone, whatever was there before."""
+        self._settled, before = False, self.state
+        self.rebuild(factors)
+        try:
+            self.write_candidate()
+            yield
+        finally:
+            if not self._settled:
+                self.state = before
+
+    @contextmanager
     def without(self, factors: Sequence[Factors]) -> Iterator[View]:
         """A view of what would be live without these edits, on which others may be staged inside."""
         if not factors:

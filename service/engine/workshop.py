@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from editors.base_model import BaseModel
@@ -15,7 +16,10 @@ from service.engine.weights import Weights
 
 @dataclass(frozen=True)
 class Workshop:
-    """margin_nats: how far ahead each token of a correction should be (see `editors.scale`)."""
+    """margin_nats: how far ahead each token of a correction should be (see `editors.scale`).
+
+    give_way: called between steps; raises KillSwitchEngaged where a change has to stop.
+    """
 
     base: BaseModel
     answers: Answers
@@ -25,3 +29,4 @@ class Workshop:
     proposer: Proposer
     judge: Judge
     margin_nats: float
+    give_way: Callable[[], None]

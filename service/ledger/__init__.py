@@ -18,7 +18,7 @@ from service.ledger.errors import (
     OutcomeUnknown,
 )
 from service.ledger.file import LedgerFile, export_ledger, import_file
-from service.ledger.records import Applied, Entry, InBatch, Restored, RolledBack, Tagged, digest_of
+from service.ledger.records import Applied, Entry, InBatch, Restored, RolledBack, Tagged, decode, digest_of
 from service.ledger.redis_ledger import RedisLedger
 from service.ledger.snapshot import Compacted
 from service.ledger.verification import Verification, verify_ledger
@@ -47,6 +47,7 @@ __all__ = [
     "RolledBack",
     "Tagged",
     "Verification",
+    "decode",
     "digest_of",
     "export_ledger",
     "import_file",

@@ -24,7 +24,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from service.ledger.errors import LedgerCorrupt, LedgerFileError
 from service.ledger.needed import Needed
-from service.ledger.records import Digest
+from service.ledger.records import Applied, Digest
 from service.ledger.redis_ledger import RedisLedger
 from service.ledger.verification import Problem, Stored, Verification, walk
 
@@ -238,15 +238,20 @@ def import_file(file: LedgerFile, ledger: RedisLedger) -> int:
     Raises LedgerFileError when the ledger is not a beginning of the file; then nothing is appended.
     Raises LedgerConflict when somebody else appends meanwhile, LedgerCorrupt, LedgerNotDurable, LedgerUnavailable.
     """
-    there = _shared(file, ledger)
+    there, dropped = _shared(file, ledger)
+    if there < file.header.entries:
+        ledger.put_back(dropped)  # by a compaction; what follows may return their edits
     for first, piece in _pieces(file, there):
         ledger.append_raw(first, piece)
     return file.header.entries - there
 
 
-def _shared(file: LedgerFile, ledger: RedisLedger) -> int:
-    """How many entries a ledger has of a file, when it has no others. Raises LedgerFileError."""
-    shared, entries = 0, file.header.entries
+def _shared(file: LedgerFile, ledger: RedisLedger) -> tuple[int, list[tuple[Applied, bytes]]]:
+    """How many entries a ledger has of a file, when it has no others, and what the file has of factors that it lacks.
+
+    Raises LedgerFileError.
+    """
+    shared, entries, dropped = 0, file.header.entries, []
     for (entry, _, chain), stored in zip(ledger.read_raw(), file.read(), strict=False):
         if chain != stored.chain:
             raise LedgerFileError(
@@ -256,6 +261,8 @@ def _shared(file: LedgerFile, ledger: RedisLedger) -> int:
                 sequence=entry.sequence,
             )
         shared = entry.sequence
+        if stored.factors and isinstance(entry, Applied) and next(ledger.raw_factors([shared])) is None:
+            dropped.append((entry, stored.factors))
     if shared == entries and (head := ledger.head()) > entries:
         raise LedgerFileError(
             f"the ledger {ledger.namespace} has all {entries} entries of {file.path} and goes on to {head}: "
@@ -263,7 +270,7 @@ def _shared(file: LedgerFile, ledger: RedisLedger) -> int:
             file=str(file.path),
             sequence=entries + 1,
         )
-    return shared
+    return shared, dropped
 
 
 def _pieces(file: LedgerFile, there: int) -> Iterator[tuple[int, list[tuple[bytes, bytes | None]]]]:

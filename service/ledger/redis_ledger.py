@@ -31,7 +31,7 @@ from service.ledger.errors import (
 )
 from service.ledger.needed import Needed
 from service.ledger.records import Applied, Entry, decode, digest_of, encode
-from service.ledger.scripts import APPEND, COMPACT, READ_LAST, TOUCH
+from service.ledger.scripts import APPEND, COMPACT, PUT_BACK, READ_LAST, TOUCH
 from service.ledger.snapshot import Compacted, Snapshot
 
 MAX_SCANS, KEYS_PER_SCAN = 100, 1000
@@ -120,17 +120,19 @@ class RedisLedger:
 
     # Writing
 
-    def append(self, entry: Entry, factors: bytes = b"") -> None:
+    def append(self, entry: Entry, factors: bytes = b"", needs: Iterable[Applied] = ()) -> None:
         """Store one entry durably after entry `sequence - 1`, with its factor bytes.
+
+        needs: entries whose factors must be there still; FactorsMissing is raised where they are not.
 
         Appending the same entry again succeeds and changes nothing.
         Raises LedgerConflict when the ledger ends elsewhere; EntryInvalid when factors and their digest disagree;
         LedgerNotDurable; LedgerUnavailable when nothing was stored.
         Raises OutcomeUnknown when it is not known whether the entry was stored: append it again to learn it.
         """
-        self.append_all([(entry, factors)])
+        self.append_all([(entry, factors)], needs)
 
-    def append_all(self, stored: Sequence[tuple[Entry, bytes | None]]) -> None:
+    def append_all(self, stored: Sequence[tuple[Entry, bytes | None]], needs: Iterable[Applied] = ()) -> None:
         """Store entries that follow on each other, each with its factor bytes, as `append` does: all of them or none.
 
         Raises what `append` raises. factors: None of an edit whose factors were dropped.
@@ -142,19 +144,22 @@ class RedisLedger:
                 problem = f"does not follow on entry {sequence - 1}"
             if problem:
                 raise EntryInvalid(f"entry {entry.sequence} {problem}", sequence=entry.sequence)
-        self.append_raw(first.sequence, [(encode(entry), factors) for entry, factors in stored])
+        needed = [entry.sequence for entry in needs if entry.factors_digest != digest_of(b"")]
+        self.append_raw(first.sequence, [(encode(entry), factors) for entry, factors in stored], needed)
 
-    def append_raw(self, first: int, stored: Sequence[tuple[bytes, bytes | None]]) -> None:
+    def append_raw(self, first: int, stored: Sequence[tuple[bytes, bytes | None]], needed: Iterable[int] = ()) -> None:
         """The same with entries as they were stored before, byte for byte; the caller has checked them.
 
         first: the sequence of the first one. Raises what `append` raises, but EntryInvalid.
         """
         chain = self._link_at(first - 1) or ""  # then the ledger ends elsewhere, as the script will tell
-        arguments: list[str | bytes] = [f"{first - 1}-0", chain]
+        arguments: list[str | bytes] = [f"{first - 1}-0", chain, " ".join(map(str, needed))]
         for sequence, (raw, factors) in enumerate(stored, first):
             chain = link(chain, raw)
             arguments += [f"{sequence}-0", raw, chain, factors or b""]
         actual, doubt = self._write(APPEND, self._keys[:2], arguments)
+        if isinstance(actual, int):
+            raise FactorsMissing(actual)
         if actual is not None:
             expected, found = first - 1, _sequence_of(actual[0])
             if expected == found:
@@ -163,6 +168,21 @@ class RedisLedger:
                 raise LedgerConflict(expected=expected, actual=found)
         self._raise(doubt)
         self._known = self._read = (sequence, chain)
+
+    def put_back(self, stored: Sequence[tuple[Applied, bytes]]) -> None:
+        """Have factors again that were dropped, since what is to be appended needs them.
+
+        Raises EntryInvalid when they are others; LedgerUnavailable, OutcomeUnknown.
+        """
+        for entry, factors in stored:
+            if problem := mismatch(entry, factors):
+                raise EntryInvalid(f"entry {entry.sequence} {problem}", sequence=entry.sequence)
+        for start in range(0, len(stored), FACTORS_PAGE):
+            page = stored[start : start + FACTORS_PAGE]
+            _, doubt = self._write(
+                PUT_BACK, [self._keys[1]], [part for entry, factors in page for part in (str(entry.sequence), factors)]
+            )
+            self._raise(doubt)
 
     def compact(self) -> Compacted | None:
         """Fold all entries into a checked snapshot and drop the factors that nothing can need again.

@@ -23,8 +23,9 @@ end
 # KEYS: entries, snapshot. Answers what is last, and whether there is a snapshot.
 READ_LAST = _LAST + "local found = last(KEYS[1]); found[4] = redis.call('EXISTS', KEYS[2]); return found"
 
-# KEYS: entries, factors. ARGV: the id and the link before the first, then id, entry, link and factors of each.
-# Answers nothing when all are stored, else what is last. Entries that are already there count as stored, of which the
+# KEYS: entries, factors. ARGV: the id and the link before the first, the sequences whose factors must be there, then
+# id, entry, link and factors of each. Answers nothing when all are stored, the sequence of factors that were dropped
+# meanwhile, else what is last. Entries that are already there count as stored, of which the
 # last link, which stands for all before it, is proof: a writer that lost the reply may ask again, even after others
 # have appended to it. Factors come first: Redis takes nothing back where a later command is refused, and factors
 # without an entry do no harm.
@@ -33,7 +34,10 @@ APPEND = (
     + """
 local actual = last(KEYS[1])
 if actual[1] == ARGV[1] and (actual[1] == '0-0' or actual[2] == ARGV[2]) then
-  for i = 3, #ARGV, 4 do
+  for sequence in string.gmatch(ARGV[3], '%d+') do
+    if redis.call('HEXISTS', KEYS[2], sequence) == 0 then return tonumber(sequence) end
+  end
+  for i = 4, #ARGV, 4 do
     if ARGV[i + 3] ~= '' then
       redis.call('HSET', KEYS[2], string.match(ARGV[i], '^%d+'), ARGV[i + 3])
     end
@@ -60,12 +64,12 @@ return actual
 COMPACT = (
     _LAST
     + """
-if #ARGV > 3 and last(KEYS[1])[1] ~= ARGV[1] then return -1 end
 local stored = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not stored then return false end
 for i = 1, #stored[2], 2 do
   if stored[2][i] == 'chain' and stored[2][i + 1] ~= ARGV[2] then return false end
 end
+if #ARGV > 3 and last(KEYS[1])[1] ~= ARGV[1] then return -1 end
 local dropped = 0
 for i = 4, #ARGV do dropped = dropped + redis.call('HDEL', KEYS[2], ARGV[i]) end
 redis.call('SET', KEYS[3], ARGV[3])
@@ -73,6 +77,9 @@ redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
 return dropped
 """
 )
+
+# KEYS: factors. ARGV: sequence and factors, of each that is to be there again.
+PUT_BACK = "redis.call('HSET', KEYS[1], unpack(ARGV))"
 
 # KEYS: a stream. A write that changes nothing: WAITAOF waits only for what its own connection wrote, and what is
 # written last stands for all before it, whoever wrote that. Allowed where Redis is out of memory: what is there can

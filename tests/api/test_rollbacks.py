@@ -101,6 +101,8 @@ class TestRollback:
             ({"revision": -1}, "invalid_request"),
             ({"revision": 2**80}, "invalid_request"),
             ({"revision": 1.5}, "invalid_request"),
+            ({"revision": False}, "invalid_request"),
+            ({"revision": "0"}, "invalid_request"),
             ({"revision": 1, "to": 2}, "invalid_request"),
             ({"tag": "\ud800"}, "invalid_request"),
         ],
@@ -134,7 +136,7 @@ class TestTags:
         assert fresh.get("/revision").json()["revision"] == 4
         assert fresh.get("/model").json()["digest"] == made[2]["digest"]
 
-    @pytest.mark.parametrize("name", ["1", "-x", "a" * 65, "a b", "%00", "ä"])
+    @pytest.mark.parametrize("name", ["1", "-x", "a" * 65, "a b", "%00", "ä", "base"])
     def test_have_names_of_a_certain_form(self, client, name):
         assert_problem(client.put(f"/tags/{name}"), "invalid_request")
 

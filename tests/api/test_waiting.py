@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from service.engine.turns import MAX_WAITING
 from tests.api.answers import assert_problem
 from tests.api.conftest import engine_of, wait_until
 
@@ -78,6 +79,27 @@ class TestWait:
         with busy_elsewhere(fresh):
             assert fresh.post("/edits?wait=0", json=refused, headers=KEY).status_code == 202
         assert_problem(fresh.post("/edits?wait=60", json=refused, headers=KEY), "did_not_take")
+
+    def test_tells_what_was_made_since_rather_than_why_it_was_refused_before(self, fresh, bodies):
+        fresh.put("/kill-switch")
+        with busy_elsewhere(fresh):
+            assert fresh.post("/edits?wait=0", json=bodies[0], headers=KEY).status_code == 202
+        wait_until(lambda: not engine_of(fresh)._turns._keys)
+        fresh.delete("/kill-switch")
+        made = fresh.post("/edits?wait=60", json=bodies[0], headers=KEY)
+        assert made.status_code == 201
+        assert fresh.post("/edits", json=bodies[0], headers=KEY).content == made.content
+
+    def test_of_too_many_is_refused_and_each_can_be_asked_again(self, fresh, bodies):
+        def ask(number: int, wait_s: float):
+            return fresh.post(f"/edits?wait={wait_s}", json=bodies[0], headers={"Idempotency-Key": f"key-{number}"})
+
+        with busy_elsewhere(fresh):
+            told = [ask(number, 0) for number in range(MAX_WAITING + 2)]
+            assert [answer.status_code for answer in told[:MAX_WAITING]] == [202] * MAX_WAITING
+            for answer in told[MAX_WAITING:]:
+                assert_problem(answer, "busy")
+        assert {ask(number, 60).status_code for number in range(MAX_WAITING + 2)} == {200, 201}
 
     @pytest.mark.parametrize("wait", ["-1", "601", "long", "nan"])
     def test_of_no_sensible_time_is_refused(self, client, bodies, wait):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -10,12 +12,14 @@ import pytest
 
 from service.engine import EditNotFound, Note, RevisionMismatch
 from service.engine.errors import (
+    Busy,
     IdempotencyKeyReused,
     KillSwitchEngaged,
     RevisionNotFound,
     RevisionNotRestorable,
     TagNotFound,
 )
+from service.engine.turns import MAX_WAITING
 from service.ledger import FactorsMissing, Restored, Tagged, verify_ledger
 from tests.service_fixtures import Standing, base_weights, live_weights, namespace_of, same_bits
 
@@ -201,6 +205,44 @@ class TestCompaction:
         with pytest.raises(FactorsMissing):
             next(engine.ledger.factors([list(engine.ledger.read())[1]]))
 
+    def test_just_before_an_edit_is_returned_or_tagged_refuses_that(self, engine, made, monkeypatch, open_engine):
+        """Whoever compacts may be another service, which drops what this one has just read."""
+        other = open_engine(namespace_of(engine))
+        for number, attempt in enumerate((lambda: engine.restore(3), lambda: engine.tag("both", 3))):
+            engine.rollback(made[number])
+            head, commit = engine.ledger.head(), engine._journal.commit
+
+            def late(*stored, commit=commit, **needs):
+                assert other.ledger.compact().dropped_factors == 1
+                return commit(*stored, **needs)
+
+            monkeypatch.setattr(engine._journal, "commit", late)
+            standing = Standing.of(engine)
+            with pytest.raises(RevisionNotRestorable):
+                attempt()
+            monkeypatch.setattr(engine._journal, "commit", commit)
+            assert Standing.of(engine) == standing
+            assert engine.ledger.head() == head
+        assert verify_ledger(engine.ledger).problems == []
+        other.catch_up()
+        assert other.published == engine.published
+
+    def test_drops_what_has_expired_although_a_tag_had_it(self, engine, edits):
+        engine.apply(edits[0])
+        engine.apply(in_a_moment(edits[1]))
+        engine.apply(in_a_moment(edits[2], 1.0))
+        engine.tag("all")
+        time.sleep(0.35)
+        engine.expire()
+        engine.kill()
+        time.sleep(0.7)
+        engine.revive()
+        assert engine.ledger.compact().dropped_factors == 2
+        assert verify_ledger(engine.ledger).problems == []
+        assert engine.tag("again", 3).revision == 3
+        assert engine.restore("all").entry is None
+        assert len(engine.restore("all", dry_run=True).change.expired) == 2
+
 
 class TestTags:
     def test_name_the_live_revision_or_another(self, engine, made):
@@ -223,6 +265,8 @@ class TestTags:
         first = engine.tag("good")
         assert engine.tag("good") == engine.tag("good", 3) == first
         assert engine.published.revision == 4
+        keyed = engine.tag("good", note=KEYED)
+        assert (keyed.revision, keyed.sequence) == (3, 5)
         assert engine.tag("good", 2).revision == 2
         assert engine.history.tag("good").revision == 2
 
@@ -285,11 +329,69 @@ class TestKillSwitch:
         engine.revive()
         assert engine.apply(edits[0]).committed
 
-    def test_with_a_key_is_told_the_same_later(self, engine, made):
+    def test_with_a_key_is_told_the_same_later_and_never_engaged_again(self, engine, made):
+        first = engine.kill()
         killed = engine.kill(KEYED)
+        assert engine.history.killed == first
         engine.revive()
+        assert active(engine) == made
         assert engine.kill(KEYED) == killed
         assert engine.history.killed is None
+        released = engine.revive(replace(KEYED, idempotency_key="back"))
+        engine.kill()
+        assert engine.revive(replace(KEYED, idempotency_key="back")) == released
+        assert engine.history.killed is not None
+
+    def test_needs_nothing_of_what_is_taken_back(self, engine, base, made):
+        engine.ledger._connection.ask(lambda client: client.delete(engine.ledger._keys[1]))
+        engine.kill()
+        assert same_bits(live_weights(engine), base_weights(base))
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_waits_for_no_change_that_is_under_way(self, engine, edits, base, elsewhere, open_engine):
+        other = open_engine(namespace_of(engine)) if elsewhere else engine
+        began, killed = threading.Event(), threading.Event()
+
+        def tell(step, done, of):
+            began.set()
+            killed.wait(30)
+
+        with ThreadPoolExecutor(3) as pool:
+            batch = pool.submit(engine.apply_batch, edits, tell=tell)
+            waiting = pool.submit(lambda: began.wait(30) and engine.apply(edits[0]))
+            assert began.wait(30)
+            killing = pool.submit(other.kill)
+            while not (engine._turns._urgent or killing.done()):
+                time.sleep(0.01)
+            if elsewhere:
+                assert not engine.follow()
+            killed.set()
+            with pytest.raises(KillSwitchEngaged):
+                batch.result(30)
+            with pytest.raises(KillSwitchEngaged):
+                waiting.result(30)
+            killing.result(30)
+        engine.follow()
+        assert engine.published == other.published
+        assert same_bits(live_weights(engine), base_weights(base))
+        engine.revive()
+        assert engine.apply(edits[0]).committed
+
+    def test_finds_a_place_where_nobody_else_does(self, engine, edits):
+        with ThreadPoolExecutor(MAX_WAITING + 1) as pool:
+            with engine._turns.taken():
+                waiting = [pool.submit(engine.apply, edits[0]) for _ in range(MAX_WAITING)]
+                while engine._turns._places._free._value:
+                    time.sleep(0.01)
+                with pytest.raises(Busy):
+                    pool.submit(engine.rollback, "x").result(30)
+                killing = pool.submit(engine.kill)
+                while not engine._turns._urgent:
+                    time.sleep(0.01)
+            assert killing.result(30).kill_switch == "engaged"
+            for each in waiting:
+                with pytest.raises(KillSwitchEngaged):
+                    each.result(30)
 
     def test_answers_what_was_made_before_it(self, engine, edits):
         request = replace(edits[0], idempotency_key="key", request_digest="digest")

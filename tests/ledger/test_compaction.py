@@ -21,7 +21,7 @@ from service.ledger import (
 from service.ledger.chain import GENESIS, link
 from service.ledger.redis_ledger import PAGE
 from service.ledger.snapshot import Snapshot
-from tests.ledger.entries import FACTORS, applied, batch, factors_at, rolled_back
+from tests.ledger.entries import FACTORS, applied, batch, factors_at, restored, rolled_back
 from tests.ledger.servers import FACTORS_KEY, KEY, NOWHERE, SNAPSHOT_KEY, Cut, Proxy, Server
 
 ODD = "naïve \x00 \u2028 \x85 \x1c \v \f \U0001f5fc \r\n \"'{}"
@@ -214,16 +214,29 @@ class TestCompactionsAtOnce:
         assert Snapshot.unpack(server.client.get(SNAPSHOT_KEY)).sequence == 9
         assert _sequences(server.ledger()) == list(range(1, 10))
 
-    def test_an_append_that_comes_between_is_behind_the_snapshot(self, server: Server, ledger: RedisLedger) -> None:
+    def test_an_append_that_comes_between_is_read_before_any_factors_are_dropped(
+        self, server: Server, ledger: RedisLedger
+    ) -> None:
+        first, *_ = ledger.read()
+        between = [restored(9, 1, taken=("edit-3",), returned=("edit-2",)), rolled_back(10, "edit-1")]
         with Proxy(server, b"XTRIM") as proxy:
-            proxy.cut(Cut(NOWHERE, before=lambda: ledger.append(rolled_back(9, "edit-1"))))
+            proxy.cut(*(Cut(NOWHERE, before=lambda entry=entry: ledger.append(entry)) for entry in between))
             compactor = server.ledger(path=proxy.path)
-            assert compactor.compact().sequence == LAST
+            assert compactor.compact() == Compacted(10, 2, len(server.client.get(SNAPSHOT_KEY)))
             compactor.close()
-        assert ledger.stored_since_snapshot() == 2
-        first, *_, last = ledger.read()
-        assert (first.sequence, last.sequence) == (1, 9)
-        assert list(ledger.factors([first])) == [FACTORS]
+        assert sorted(map(int, server.client.hkeys(FACTORS_KEY))) == [2, 3, 5]
+        with pytest.raises(FactorsMissing):
+            list(ledger.factors([first]))
+
+    def test_among_appends_without_end_drops_none(self, server: Server, ledger: RedisLedger) -> None:
+        appended = iter(range(9, 99))
+        with Proxy(server, b"XTRIM") as proxy:
+            proxy.cut_always(Cut(NOWHERE, before=lambda: ledger.append(applied(next(appended), b""))))
+            compactor = server.ledger(path=proxy.path)
+            assert compactor.compact() == Compacted(11, 0, len(server.client.get(SNAPSHOT_KEY)))
+            compactor.close()
+        assert len(server.client.hkeys(FACTORS_KEY)) == 5
+        assert _sequences(server.ledger()) == list(range(1, 13))
 
     def test_with_writers_and_readers_nothing_is_lost(self, server: Server) -> None:
         entries, failed, done = 150, [], threading.Event()

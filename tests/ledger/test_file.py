@@ -29,7 +29,7 @@ from service.ledger.chain import GENESIS, link
 from service.ledger.file import FORMAT
 from service.ledger.records import encode
 from service.ledger.verification import Stored, walk
-from tests.ledger.entries import FACTORS, applied, batch, rolled_back
+from tests.ledger.entries import FACTORS, applied, batch, factors_at, restored, rolled_back
 
 Connect = Callable[..., RedisLedger]
 ODD = "naïve \x00 \u2028 \U0001f5fc é \u202e\x85 \r\n \"'{}"
@@ -376,6 +376,18 @@ class TestImport:
         assert target.last() == filled.last()
         assert [stored.raw for stored in contents(target)] == [stored.raw for stored in contents(filled)]
         assert import_file(file, target) == 0
+
+    def test_goes_on_where_factors_were_dropped_that_what_follows_returns(self, filled, another, tmp_path):
+        number = filled.head()
+        filled.append(applied(number + 1), FACTORS)
+        filled.append(rolled_back(number + 2, f"edit-{number + 1}"))
+        filled.append(restored(number + 3, number + 1, returned=(f"edit-{number + 1}",)))
+        file, target = write(filled, tmp_path / "file"), another()
+        target.append_raw(1, [(stored.raw, stored.factors) for stored in contents(filled)[: number + 2]])
+        assert target.compact().dropped_factors
+        assert import_file(file, target) == 1
+        assert factors_at(target, number + 1) == FACTORS
+        assert verify_ledger(target).problems == []
 
     def test_refuses_a_ledger_that_has_diverged_and_names_the_first_entry_that_differs(self, filled, another, tmp_path):
         file, target = write(filled, tmp_path / "file"), another()
