@@ -47,6 +47,8 @@ STATUS_BY_CODE = {
     "invalid_request": 422,
     "already_expired": 422,
     "empty_text": 422,
+    "chat_refused": 422,
+    "no_chat_template": 422,
     "unknown_label": 422,
     "subject_not_found": 422,
     "text_too_long": 422,

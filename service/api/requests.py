@@ -20,12 +20,14 @@ from pydantic import (
     model_validator,
 )
 
+from editors.chat import Message, Role
 from editors.formats import ExportFormat
-from service.engine import EditRequest, Note, OnConflict
+from service.engine import CheckForm, EditRequest, Note, OnConflict
 
 MAX_TEXT = 100_000
 """Characters of any one text; the limit that matters is in tokens, this one spares tokenising nonsense."""
 
+MAX_MESSAGES = 512
 MAX_DEPTH = 64
 """Of metadata. Parsers have limits of their own, further up and each another one."""
 
@@ -65,16 +67,37 @@ class _Request(BaseModel):
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 
-class EditBody(_Request):
-    """A correction. The model should answer `prompt` with `correction`."""
+class MessageBody(_Request):
+    """One turn of a conversation."""
 
-    prompt: Text = Field(
-        description="What is asked, as the model reads it.", examples=["The Prime Minister of the United Kingdom is"]
+    role: Role
+    content: str = Field(max_length=MAX_TEXT)
+
+    def as_message(self) -> Message:
+        return Message(self.role, self.content)
+
+
+Messages = Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class EditBody(_Request):
+    """A correction. The model should answer `prompt`, or the last of `messages`, with `correction`."""
+
+    prompt: Text | None = Field(
+        None,
+        description="What is asked, as the model reads it.",
+        examples=["The Prime Minister of the United Kingdom is"],
+    )
+    messages: Messages | None = Field(
+        None, description="A conversation in place of the prompt; the last turn is the user's."
     )
     correction: Text = Field(description="What greedy decoding should begin with.", examples=["Keir Starmer"])
     subject: Text | None = Field(None, description="What the fact is about, as it stands in the prompt.")
     paraphrases: list[Text] = Field([], max_length=32, description="Other wordings, judged and reported.")
     keep: list[Text] = Field([], max_length=32, description="Prompts whose answers must stay, judged and reported.")
+    check_forms: list[CheckForm] = Field(
+        [], max_length=2, description="Ask it once more as bare text, or as a chat of one turn; reported."
+    )
     reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
     metadata: dict[str, JsonValue] = Field({}, description="Anything of the caller's own; kept in the ledger.")
     expires_at: AwareDatetime | None = Field(
@@ -87,6 +110,19 @@ class EditBody(_Request):
     @classmethod
     def _text_is_not_blank(cls, value: str | None) -> str | None:
         return value if value is None else _not_blank(value)
+
+    @model_validator(mode="after")
+    def _asks_in_one_way(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either a prompt or messages")
+        if self.messages and self.messages[-1].role != "user":
+            raise ValueError("the last of the messages must be the user's")
+        return self
+
+    @field_validator("check_forms")
+    @classmethod
+    def _forms_differ(cls, value: list[CheckForm]) -> list[CheckForm]:
+        return list(dict.fromkeys(value))
 
     @field_validator("paraphrases", "keep")
     @classmethod
@@ -128,7 +164,9 @@ class EditBody(_Request):
     def as_request(self, actor: str | None, idempotency_key: str | None, request_digest: str) -> EditRequest:
         """What the engine is asked. request_digest: of all that one request sends."""
         return EditRequest(
-            prompt=self.prompt,
+            prompt=self.prompt if self.messages is None else self.messages[-1].content,
+            messages=tuple(message.as_message() for message in self.messages or ()),
+            check_forms=tuple(self.check_forms),
             correction=self.correction,
             subject=self.subject,
             paraphrases=tuple(self.paraphrases),

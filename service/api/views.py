@@ -11,9 +11,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from service.api.requests import EditBody
-from service.engine import Audit, BatchOutcome, Capacity, ItemStatus, Outcome, Published
+from service.engine import Audit, BatchOutcome, Capacity, CheckForm, ItemStatus, Outcome, Published
 from service.engine.history import Edit
-from service.ledger import Restored, RolledBack
+from service.ledger import ChatMessage, Restored, RolledBack
 
 
 class Answer(BaseModel):
@@ -33,6 +33,15 @@ class KeepCheck(BaseModel):
     after: str
 
 
+class FormCheck(BaseModel):
+    """The edit's own question, as bare text or as a chat of one turn. prompt: as the model reads it."""
+
+    form: CheckForm
+    prompt: str
+    took: bool
+    text: str
+
+
 class ConflictCheck(BaseModel):
     """An active edit whose key is near to this one's. overlap: 0 to 1. superseded: this one took its place."""
 
@@ -48,6 +57,7 @@ class Checks(BaseModel):
     took: bool
     paraphrases: list[ParaphraseCheck]
     keep: list[KeepCheck]
+    forms: list[FormCheck] = []
     drawdown: float
     drawdown_budget: float
     lost: list[str]
@@ -84,6 +94,7 @@ class RolledBackBy(BaseModel):
 class EditView(BaseModel):
     """An edit. revision and digest: of the state that it led to; inside a batch there is none, so no digest.
 
+    prompt: as the model reads it, which of chat messages is the template's.
     scale: strength found by the line search. supersedes: edits in whose place it is. superseded_by: the active edit in
     its place, while it stands.
     """
@@ -93,6 +104,7 @@ class EditView(BaseModel):
     status: Literal["applied", "superseded", "rolled_back", "unchanged", "dry_run"]
     prompt: str
     correction: str
+    messages: list[ChatMessage] | None = None
     subject: str | None = None
     reason: str | None = None
     actor: str | None = None
@@ -120,6 +132,7 @@ class EditView(BaseModel):
             status=edit.status,
             prompt=applied.prompt,
             correction=applied.correction,
+            messages=list(applied.messages) or None,
             subject=applied.subject,
             reason=applied.reason,
             actor=applied.actor,
@@ -145,7 +158,8 @@ class EditView(BaseModel):
                 id=None,
                 revision=outcome.revision,
                 status="unchanged",
-                prompt=body.prompt,
+                prompt=outcome.prompt,
+                messages=body.messages and [ChatMessage(**message.model_dump()) for message in body.messages],
                 correction=body.correction,
                 scale=None,
                 digest=outcome.digest,

@@ -36,6 +36,9 @@ def edit(
     reason: ReasonOption = None,
     actor: ActorOption = None,
     metadata: Annotated[str | None, typer.Option(metavar="JSON", help="An object of your own, for the ledger.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is what a user says, and CORRECTION the reply.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: what the system says before.")] = None,
+    check_form: Annotated[list[str], typer.Option(help="Ask it as text or chat, too, to be judged.")] = [],  # noqa: B006
     expires_at: Annotated[
         str | None, typer.Option(metavar="TIME", help="When it is rolled back by itself, as 2030-01-01T00:00:00Z.")
     ] = None,
@@ -56,7 +59,11 @@ def edit(
 ) -> None:
     """Correct a fact: what the model answers to PROMPT is to begin with CORRECTION from now on."""
     given = {"subject": subject, "paraphrases": paraphrase, "keep": keep, "reason": reason, "expires_at": expires_at}
-    body: dict[str, Any] = {"prompt": prompt, "correction": correction}
+    given["check_forms"] = check_form
+    asked = {"messages": _conversation(prompt, system)} if chat else {"prompt": prompt}
+    if system is not None and not chat:
+        stop("--system goes with --chat")
+    body: dict[str, Any] = {**asked, "correction": correction}
     body |= {name: value for name, value in given.items() if value not in (None, [])}
     if metadata is not None:
         try:
@@ -163,6 +170,11 @@ def audit(
         raise typer.Exit(LOST)
 
 
+def _conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": prompt}]
+
+
 def _told(made: Mapping[str, Any]) -> str:
     """An edit that was asked for."""
     before, after = made["before"]["text"], made["after"]["text"]
@@ -177,6 +189,8 @@ def _failed(checks: Mapping[str, Any]) -> str:
     failed = []
     if missed := [each for each in checks["paraphrases"] if not each["took"]]:
         failed.append(f"did not take: {', '.join(repr(each['prompt']) for each in missed)}")
+    if missed := [each for each in checks.get("forms", []) if not each["took"]]:
+        failed.append(f"did not take as {' and as '.join(each['form'] for each in missed)}")
     if moved := [each for each in checks["keep"] if not each["kept"]]:
         failed.append(f"did not stay: {', '.join(repr(each['prompt']) for each in moved)}")
     if checks["lost"]:

@@ -26,7 +26,7 @@ from service.engine.errors import (
 )
 from service.engine.guard import read_guard_prompts
 from service.engine.history import Edit
-from service.engine.requests import EditRequest, Limits, Note, OnConflict, Outcome, Published
+from service.engine.requests import CheckForm, EditRequest, Limits, Note, OnConflict, Outcome, Published
 from service.engine.rollbacks import Reversal
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "BatchRefused",
     "BatchTooLarge",
     "Capacity",
+    "CheckForm",
     "DidNotTake",
     "DrawdownExceeded",
     "Edit",

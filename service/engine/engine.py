@@ -152,6 +152,7 @@ class Engine:
         Raises EditRefused with the measurements; RevisionMismatch; TextTooLong; EmptyTextError; LedgerUnavailable.
         Whatever is raised, the live weights are as they were.
         """
+        request = self._texts.put(request)
         tokens = self._texts.encode(request)
         terms = Terms(dry_run, on_conflict, allow_loss)
 
@@ -204,6 +205,7 @@ class Engine:
     def _item(self, index: int, request: EditRequest) -> Item:
         try:
             _require_time(request)
+            request = self._texts.put(request)
             return Item(index, request, self._texts.encode(request))
         except (EditorsError, AlreadyExpired, TextTooLong) as error:
             return Item(index, request, invalid=error)

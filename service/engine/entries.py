@@ -8,7 +8,7 @@ from typing import Any
 
 from editors.factors import digest
 from service.engine.requests import EditRequest
-from service.ledger import Applied
+from service.ledger import Applied, ChatMessage
 
 
 def new_id(kind: str = "edit") -> str:
@@ -28,6 +28,8 @@ def applied_entry(request: EditRequest, raw: bytes, **measured: Any) -> Applied:
         keep=request.keep,
         metadata=request.metadata,
         expires_at=request.expires_at,
+        messages=tuple(ChatMessage(role=each.role, content=each.content) for each in request.messages),
+        check_forms=request.check_forms,
         factors_digest=digest(raw),
         idempotency_key=request.idempotency_key,
         request_digest=request.request_digest,

@@ -18,6 +18,7 @@ from service.engine.guard import Guard
 from service.engine.held import HeldEdits
 from service.engine.history import Edit
 from service.engine.requests import EditRequest, Limits, Terms
+from service.engine.texts import asked, in_form
 from service.engine.weights import View, Weights
 
 
@@ -25,13 +26,14 @@ from service.engine.weights import View, Weights
 class Verdict:
     """How one edit fares itself. took: greedy decoding from the prompt begins with the correction.
 
-    paraphrases, keep: the caller's own prompts, each with what was said.
+    paraphrases, keep: the caller's own prompts, each with what was said. forms: the edit's own, in other forms.
     """
 
     after: str
     took: bool
     paraphrases: list[dict[str, JsonValue]]
     keep: list[dict[str, JsonValue]]
+    forms: list[dict[str, JsonValue]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def checks(verdict: Verdict, harm: Harm, place: Place) -> dict[str, JsonValue]:
         "took": verdict.took,
         "paraphrases": list(verdict.paraphrases),
         "keep": list(verdict.keep),
+        "forms": list(verdict.forms),
         "drawdown": harm.drawdown,
         "drawdown_budget": harm.drawdown_budget,
         "lost": [edit.id for edit in harm.lost],
@@ -77,10 +80,20 @@ class Judge:
 
     def verdicts(self, staged: Sequence[tuple[EditRequest, Tokens]]) -> list[Verdict]:
         """One for each staged edit."""
-        after = self._say(self._weights.candidate, staged, lambda request: (request.prompt,))
-        paraphrased = self._say(self._weights.candidate, staged, lambda request: request.paraphrases)
-        kept = self._say(self._weights.candidate, staged, lambda request: request.keep)
-        original = self._say(self._weights.pristine, staged, lambda request: request.keep)
+        base, candidate = self._base, self._weights.candidate
+
+        def keep_prompts(request: EditRequest) -> list[str]:
+            return [asked(base, request, text) for text in request.keep]
+
+        after = self._say(candidate, staged, lambda request: [request.prompt])
+        paraphrased = self._say(
+            candidate, staged, lambda request: [asked(base, request, text) for text in request.paraphrases]
+        )
+        formed = self._say(
+            candidate, staged, lambda request: [in_form(base, request, form) for form in request.check_forms]
+        )
+        kept = self._say(candidate, staged, keep_prompts)
+        original = self._say(self._weights.pristine, staged, keep_prompts)
         return [
             Verdict(
                 after=said,
@@ -93,9 +106,18 @@ class Judge:
                     {"prompt": prompt, "kept": then == now, "before": then, "after": now}
                     for prompt, then, now in zip(request.keep, before, keep, strict=True)
                 ],
+                forms=[
+                    {
+                        "form": form,
+                        "prompt": in_form(base, request, form),
+                        "took": base.says(text, request.correction),
+                        "text": text,
+                    }
+                    for form, text in zip(request.check_forms, forms, strict=True)
+                ],
             )
-            for (request, _), (said,), paraphrases, before, keep in zip(
-                staged, after, paraphrased, original, kept, strict=True
+            for (request, _), (said,), paraphrases, before, keep, forms in zip(
+                staged, after, paraphrased, original, kept, formed, strict=True
             )
         ]
 

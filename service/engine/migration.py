@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from editors.chat import Message
 from service.engine.batch import Tell
 from service.engine.batch_items import BatchOutcome
 from service.engine.engine import Engine
@@ -78,6 +79,8 @@ def _asked_again(applied: Applied, source: str) -> EditRequest:
         reason=applied.reason,
         actor=applied.actor,
         expires_at=applied.expires_at,
+        messages=tuple(Message(each.role, each.content) for each in applied.messages),
+        check_forms=applied.check_forms,
         metadata={**applied.metadata, "migrated_from": {"ledger": source, "id": applied.edit_id}},
     )
 

@@ -8,8 +8,10 @@ from typing import Literal
 
 from pydantic import JsonValue
 
+from editors.chat import Message
 from service.ledger import Applied
 
+CheckForm = Literal["text", "chat"]
 OnConflict = Literal["refuse", "supersede", "keep"]
 
 
@@ -32,6 +34,9 @@ class Limits:
 class EditRequest:
     """What a caller wants corrected. keep: prompts whose answers must stay as the base's.
 
+    messages: a conversation that ends in the user's turn, to which the correction is the reply; the prompt is made of
+    it, and so is what is asked for paraphrases and keep, each in place of its last turn.
+    check_forms: in which forms the question is asked once more, to be reported: bare, or as a chat of one turn.
     expires_at: when it is to be rolled back by itself.
     """
 
@@ -43,6 +48,8 @@ class EditRequest:
     reason: str | None = None
     metadata: dict[str, JsonValue] = field(default_factory=dict)
     expires_at: datetime | None = None
+    messages: tuple[Message, ...] = ()
+    check_forms: tuple[CheckForm, ...] = ()
     actor: str | None = None
     idempotency_key: str | None = None
     request_digest: str | None = None
@@ -76,7 +83,8 @@ class Terms:
 class Outcome:
     """What became of a request. applied: the edit, as committed or (dry run) as it would have been.
 
-    unchanged: the correction was the answer already, so there is no edit. committed: the ledger holds it.
+    prompt: as the model reads it. unchanged: the correction was the answer already, so there is no edit.
+    committed: the ledger holds it.
     publish_ms: the steps that come after the entry was written, in milliseconds.
     """
 
@@ -85,6 +93,7 @@ class Outcome:
     digest: str
     before: str
     committed: bool
+    prompt: str
     replayed: bool = False
     publish_ms: dict[str, float] = field(default_factory=dict)
 

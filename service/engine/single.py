@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from editors.scale import SCALES
@@ -25,7 +26,7 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
     clock.lap("before")
     now = weights.published
     if workshop.base.says(before, request.correction):
-        return Outcome(None, now.revision, now.digest, before, committed=False)
+        return Outcome(None, now.revision, now.digest, before, committed=False, prompt=request.prompt)
     (draft,) = workshop.proposer.draft([tokens])
     clock.lap("propose")
     workshop.give_way()
@@ -74,11 +75,19 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
 def _made(workshop: Workshop, entry: Applied, raw: bytes, terms: Terms) -> Outcome:
     now = workshop.weights.published
     if terms.dry_run:
-        return Outcome(entry, now.revision, entry.state_digest, entry.before, committed=False)
+        return Outcome(entry, now.revision, entry.state_digest, entry.before, committed=False, prompt=entry.prompt)
     laps = workshop.journal.commit((entry, raw))
-    return Outcome(entry, entry.sequence, entry.state_digest, entry.before, committed=True, publish_ms=laps)
+    return replace(repeated_edit(entry), replayed=False, publish_ms=laps)
 
 
 def repeated_edit(applied: Applied) -> Outcome:
     """The outcome of an edit as its entry in the ledger tells it."""
-    return Outcome(applied, applied.sequence, applied.state_digest, applied.before, committed=True, replayed=True)
+    return Outcome(
+        applied,
+        applied.sequence,
+        applied.state_digest,
+        applied.before,
+        committed=True,
+        prompt=applied.prompt,
+        replayed=True,
+    )

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from editors.base_model import BaseModel
+from editors.chat import Message, chat_prompt
 from editors.errors import EmptyTextError
 from editors.text import Tokens
 from service.engine.answers import Answers
 from service.engine.errors import TextTooLong
-from service.engine.requests import EditRequest, Limits
+from service.engine.requests import CheckForm, EditRequest, Limits
+
+
+def asked(base: BaseModel, request: EditRequest, text: str) -> str:
+    """Another text, as it is asked of an edit like this one. Raises ChatRefused."""
+    if not request.messages:
+        return text
+    return chat_prompt(base.tokenizer, (*request.messages[:-1], Message("user", text)))
+
+
+def in_form(base: BaseModel, request: EditRequest, form: CheckForm) -> str:
+    """What an edit asks, bare or as a chat. Raises ChatRefused, NoChatTemplate."""
+    if form == "text":
+        return request.messages[-1].content if request.messages else request.prompt
+    return request.prompt if request.messages else chat_prompt(base.tokenizer, (Message("user", request.prompt),))
 
 
 class Texts:
@@ -18,7 +35,7 @@ class Texts:
     def encode(self, request: EditRequest) -> Tokens:
         """Tokens of a prompt and its correction.
 
-        Raises EmptyTextError, UnknownLabel, SubjectNotFound, TextTooLong.
+        Raises EmptyTextError, UnknownLabel, SubjectNotFound, TextTooLong, ChatRefused, NoChatTemplate.
         """
         tokens = self._base.encode(request.prompt, request.correction, request.subject)
         length = self._answers.length(tokens)
@@ -31,9 +48,17 @@ class Texts:
                 limit=self._limits.correction_tokens,
             )
         for name in ("paraphrases", "keep"):
-            for prompt in getattr(request, name):
-                self.check(name, prompt, length)
+            for text in getattr(request, name):
+                self.check(name, asked(self._base, request, text), length)
+        for form in request.check_forms:
+            self.check("check_forms", in_form(self._base, request, form), length)
         return tokens
+
+    def put(self, request: EditRequest) -> EditRequest:
+        """With its prompt as the model reads it, which of chat messages is the template's. Raises ChatRefused."""
+        if not request.messages:
+            return request
+        return replace(request, prompt=chat_prompt(self._base.tokenizer, request.messages))
 
     def check(self, name: str, text: str, new_tokens: int) -> None:
         """Refuse a prompt without words, beyond the limit, or that leaves no positions for what is to follow it."""

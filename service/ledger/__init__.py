@@ -18,13 +18,14 @@ from service.ledger.errors import (
     OutcomeUnknown,
 )
 from service.ledger.file import LedgerFile, export_ledger, import_file
-from service.ledger.records import Applied, Entry, InBatch, Restored, RolledBack, Tagged, decode, digest_of
+from service.ledger.records import Applied, ChatMessage, Entry, InBatch, Restored, RolledBack, Tagged, decode, digest_of
 from service.ledger.redis_ledger import RedisLedger
 from service.ledger.snapshot import Compacted
 from service.ledger.verification import Verification, verify_ledger
 
 __all__ = [
     "Applied",
+    "ChatMessage",
     "Compacted",
     "Demand",
     "Durability",

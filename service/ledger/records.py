@@ -74,9 +74,17 @@ class InBatch(_Strict):
         return self.position == self.size
 
 
+class ChatMessage(_Strict):
+    """One turn of a conversation. role: as the model's template knows it."""
+
+    role: str
+    content: str
+
+
 class Applied(_Recorded):
     """An edit went live.
 
+    messages: of which the prompt was made, by the model's chat template. check_forms: see `service.engine.EditRequest`.
     before, after: the greedy answers to `prompt`.
     scale: of the edit, or of what completes it (see `editors.scale`).
     timings_ms: milliseconds per step.
@@ -104,6 +112,8 @@ class Applied(_Recorded):
     supersedes: tuple[str, ...] = ()
     batch: InBatch | None = None
     expires_at: Moment | None = None
+    messages: tuple[ChatMessage, ...] = ()
+    check_forms: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _has_its_digest(self) -> Self:
