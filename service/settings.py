@@ -56,4 +56,11 @@ class Settings(BaseSettings):
     max_correction_tokens: int = Field(64, ge=1, description="Longest correction, in tokens.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens that one request may generate.")
     max_batch: int = Field(5000, ge=1, description="Most edits of one batch.")
+    log_format: Literal["text", "json"] = Field("text", description="Of the log on stderr: text or json.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged: debug, info, warning or error."
+    )
+    otlp_endpoint: str | None = Field(
+        None, description="Where traces go by OTLP/HTTP, e.g. http://localhost:4318; else OTEL_EXPORTER_OTLP_ENDPOINT."
+    )
     answer_tokens: int = Field(16, ge=1, description="Tokens decoded for each answer that an edit is judged by.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Annotated, Any, TypeVar
 
@@ -147,7 +148,8 @@ def told(apply: Callable[[Tell], BatchOutcome]) -> Iterator[str]:
         except Exception as error:  # told to the client, whatever it was
             events.put(error)
 
-    threading.Thread(target=work, name="batch", daemon=True).start()
+    # In the context of the request, so that what is logged and traced there is known to belong to it.
+    threading.Thread(target=copy_context().run, args=(work,), name="batch", daemon=True).start()
     first = events.get()
     if isinstance(first, Exception):
         raise first

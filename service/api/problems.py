@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from structlog.contextvars import get_contextvars
 
 from service.api.views import Problem
 
@@ -77,7 +79,14 @@ UNEXPECTED = (
     "the next request, and nothing else"
 )
 
+_codes: ContextVar[list[str]] = ContextVar("codes")
 _BY_STATUS = {400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+def told_codes() -> list[str]:
+    """Where the codes of the problems are put that are told from here on, in this context."""
+    _codes.set([])
+    return _codes.get()
 
 
 def problem(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> JSONResponse:
@@ -90,13 +99,15 @@ def problem(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> J
 
 def described(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The body of such an answer."""
+    _codes.get([]).append(code)
     body = Problem(
         type=f"urn:mend-service:problem:{code}",
         title=code.replace("_", " ").capitalize(),
         status=STATUS_BY_CODE[code],
         detail=detail,
         code=code,
-    ).model_dump()
+        request_id=get_contextvars().get("request_id"),
+    ).model_dump(exclude_none=True)
     return {**(facts or {}), **body}
 
 
@@ -121,12 +132,14 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
-    """Answer every error of the app as a problem. domain_errors: bases of errors with `code` and `facts`."""
+    """Answer errors of the app as problems. domain_errors: bases of errors with `code` and `facts`.
+
+    What nobody expects is answered by the outermost layer (`service.api.access`).
+    """
     for error_type in domain_errors:
         app.add_exception_handler(error_type, _domain)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _domain(_request: Request, error: Any) -> JSONResponse:
@@ -170,8 +183,3 @@ def _methods(request: Request) -> Iterator[str]:
         scope = {**request.scope, "method": method}
         if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
             yield method
-
-
-async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
-    logger.error("unexpected error", exc_info=error)
-    return problem("internal_error", UNEXPECTED)

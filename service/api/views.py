@@ -435,7 +435,10 @@ class Health(BaseModel):
 
 
 class Problem(BaseModel):
-    """RFC 9457. code: stable, for programs; further members are facts about this problem."""
+    """RFC 9457. code: stable, for programs; further members are facts about this problem.
+
+    request_id: as in X-Request-Id, and in the service's log.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -444,3 +447,4 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str
+    request_id: str | None = None

@@ -41,13 +41,14 @@ def fill(engine: Engine, entries: int) -> None:
 
 
 def _drafts(engine: Engine) -> Iterator[Factors]:
+    proposer = engine._workshop.proposer
     for number in count():
         tokens = [
             engine.base.encode(f"In {PIECE * number + each}, {prompt}", correction)
             for each in range(CAPTURED)
             for prompt, correction in FACTS
         ]
-        for draft in engine._workshop.proposer.draft(tokens):
+        for draft in proposer.draft(proposer.capture(tokens)):
             yield draft.factors(1.0)
 
 

@@ -49,21 +49,23 @@ class Batch:
 
     def make(self) -> BatchOutcome:
         """Make the edits, or find out what they would do. Raises EditRefused with every verdict, and LedgerError."""
-        self._clock, self._rounds, self._fewest, self._best = Clock(), ROUNDS, len(self._items), []
-        self._begin()
-        while True:
-            self._require_all()
-            edits = [item for item in self._items if item.changes]
-            if not edits:
-                return self._outcome({})
-            self._work_out(edits)
-            tried = self._try(edits)
-            if isinstance(tried, BatchOutcome):
-                return tried
-            self._strengthen(tried)
+        self._rounds, self._fewest, self._best = ROUNDS, len(self._items), []
+        with Clock(self._workshop.telemetry) as self._clock:
+            self._begin()
+            while True:
+                self._require_all()
+                edits = [item for item in self._items if item.changes]
+                if not edits:
+                    return self._outcome({})
+                self._work_out(edits)
+                tried = self._try(edits)
+                if isinstance(tried, BatchOutcome):
+                    return tried
+                self._strengthen(tried)
 
     def _begin(self) -> None:
         """Refuse what cannot be tried, and ask the live model what it says already."""
+        self._clock.begin("before")
         first: dict[tuple[int, ...], int] = {}
         for item in self._items:
             item.refusal, item.place, item.verdict, item.searched = item.invalid, None, None, False
@@ -81,12 +83,15 @@ class Batch:
                 item.before = before
                 item.needless = self._workshop.base.says(before, item.request.correction)
                 item.scale = self._workshop.proposer.first_scale
-        self._clock.lap("before")
+        self._clock.end()
 
     def _work_out(self, edits: Sequence[Item]) -> None:
         size = 0
         for part in self._parts("capture", [item for item in edits if item.draft is None], CAPTURED):
-            for item, draft in zip(part, self._workshop.proposer.draft([item.tokens for item in part]), strict=True):
+            self._clock.begin("capture")
+            captured = self._workshop.proposer.capture([item.tokens for item in part])
+            self._clock.begin("propose")
+            for item, draft in zip(part, self._workshop.proposer.draft(captured), strict=True):
                 item.proposed = item.draft = draft
                 size += sum(2 * (u.numel() + delta.numel()) for u, delta in draft.rows.values())
             if size > MAX_BYTES:
@@ -97,10 +102,11 @@ class Batch:
         for item in edits:
             if item.place is None:
                 item.supersedes = self._history.with_superseded(self._history.standing_on(item.request.prompt))
-        self._clock.lap("propose")
+        self._clock.end()
 
     def _try(self, edits: Sequence[Item]) -> BatchOutcome | list[Item]:
         """Stage edits together and judge them. Returns those that are too weak; none when others are to be staged."""
+        self._clock.begin("stage")
         staged = self._factors(edits)
         if len(staged) < len(edits):
             return []
@@ -108,17 +114,17 @@ class Batch:
         with self._weights.staged(add=staged, remove=self._leaving(superseded)):
             self._tell("stage", ROUNDS - self._rounds + 1, ROUNDS + 1)
             self._workshop.give_way()
-            self._clock.lap("stage")
             require_room(self._weights.state.fullness())
             if self._find_places(edits, staged):
                 return []
             self._measure(edits)
             weak = [item for item in edits if not item.margin_nats > self._sure_nats] or self._judge()
             if weak:
+                self._clock.end()
                 return weak
             others = [edit for edit in self._history.all_active() if edit.id not in superseded]
             harm = self._workshop.judge.harm(others)
-            self._clock.lap("judge")
+            self._clock.end()
             self._workshop.give_way()
             if not harm.tolerable(self._terms):
                 raise too_harmful(harm, {"edits": [item.shown() for item in self._items]})
@@ -136,6 +142,7 @@ class Batch:
 
     def _find_places(self, edits: Sequence[Item], staged: Sequence[Factors]) -> bool:
         """Find what each edit overlaps with, active or in the batch. Returns whether others are to be staged."""
+        self._clock.begin("place")
         before = [(item.fits, item.supersedes) for item in edits]
         mates = {digest(factors.to_bytes()): item for item, factors in zip(edits, staged, strict=True)}
         for item in edits:
@@ -153,10 +160,10 @@ class Batch:
                     item.supersedes = item.place.supersedes
                 except EditConflict as refusal:
                     item.refusal = refusal
-        self._clock.lap("place")
         return before != [(item.fits, item.supersedes) for item in edits]
 
     def _measure(self, edits: Sequence[Item]) -> None:
+        self._clock.begin("judge")
         hidden = [item.draft.hidden[0] for item in edits]
         margins = smallest_margins(self._weights.candidate.upper, [item.tokens for item in edits], hidden)
         for item, margin in zip(edits, margins, strict=True):
@@ -187,6 +194,7 @@ class Batch:
     def _search(self, new: Sequence[Item]) -> None:
         """The scales at which edits take without the others of their batch; those that never do are refused."""
         self._work_out(new)
+        self._clock.begin("search")
         with self._weights.without(self._leaving({edit_id for item in new for edit_id in item.supersedes})) as view:
             for (item,) in self._parts("search", new, 1):
                 item.draft, search = self._workshop.proposer.search(item.draft, view.upper, self._weights.state)
@@ -198,7 +206,7 @@ class Batch:
                     item.needless, item.scale = False, SCALES[order[0]]
                 else:
                     item.scale = max(SCALES[order[0]], stronger(item.scale))
-        self._clock.lap("search")
+        self._clock.end()
 
     def _leaving(self, superseded: Iterable[str]) -> list[Factors]:
         return self._workshop.journal.factors(self._history.superseding(superseded).leaving)
@@ -211,7 +219,6 @@ class Batch:
         for part in self._parts("judge", self._fitting(), JUDGED):
             for item, verdict in zip(part, self._workshop.judge.verdicts([item.staged for item in part]), strict=True):
                 item.verdict = verdict
-        self._clock.lap("judge")
         failing = [item for item in self._fitting() if not item.verdict.took]
         for item in failing:
             if not item.needless:

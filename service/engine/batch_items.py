@@ -92,6 +92,12 @@ class BatchOutcome:
     def committed(self) -> bool:
         return self.id is not None
 
+    @property
+    def status(self) -> Literal["applied", "unchanged", "dry_run", "replayed"]:
+        if self.replayed or self.committed:
+            return "replayed" if self.replayed else "applied"
+        return "dry_run" if any(edit["status"] == "dry_run" for edit in self.edits) else "unchanged"
+
 
 def made_batch(entries: Sequence[Applied]) -> BatchOutcome:
     """The outcome of a batch as its entries in the ledger tell it: the same whenever it is told."""

@@ -49,6 +49,7 @@ from service.engine.turns import Places, Turns
 from service.engine.weights import Proof, Weights
 from service.engine.workshop import Workshop
 from service.ledger import Compacted, LedgerConflict, RedisLedger, Restored, RolledBack, Tagged
+from service.telemetry import Kind, Telemetry
 
 Which = Literal["live", "base"]
 Changed = TypeVar("Changed")
@@ -61,7 +62,8 @@ EXPIRED = Note(reason="expired")
 class Engine:
     """A model that can be corrected while it serves.
 
-    base, checkpoint: loaded and matching. ledger: of their namespace. `catch_up` must run once before anything else.
+    base, checkpoint: loaded and matching. ledger: of their namespace. telemetry: is told of changes and generations.
+    `catch_up` must run once before anything else.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class Engine:
         ledger: RedisLedger,
         guard_prompts: list[str],
         limits: Limits | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.base, self.checkpoint, self.limits = base, checkpoint, limits or Limits()
-        self.ledger = ledger
+        self.ledger, self._telemetry = ledger, telemetry or Telemetry()
         self.weights = Weights(base, checkpoint)
         self.history = History(self._prompt_tokens)
         self._turns, self._awaiting = Turns(), Places("requests for a later revision")
@@ -81,7 +84,7 @@ class Engine:
         held, guard = HeldEdits(base, answers), Guard(base, self.weights.pristine.upper, guard_prompts)
         self._auditor = Auditor(self.weights, self.history, held)
         self._texts = Texts(base, answers, self.limits)
-        self._journal = Journal(ledger, self.history, self.weights)
+        self._journal = Journal(ledger, self.history, self.weights, self._telemetry)
         self._workshop = Workshop(
             base,
             answers,
@@ -92,6 +95,7 @@ class Engine:
             Judge(base, self.weights, answers, guard, held, self.limits),
             checkpoint.margin_nats,
             self._turns.give_way,
+            self._telemetry,
         )
         self._contradiction: LedgerDiverged | None = None
 
@@ -111,9 +115,11 @@ class Engine:
     ) -> tuple[Generation, Published]:
         """Continue a prompt on one view; the answer comes from exactly the state that is returned with it."""
         self._texts.check("prompt", prompt, max_new_tokens)
-        with self.weights.reading() as (live, published):
+        with self._telemetry.generation(which) as tokens, self.weights.reading() as (live, published):
             model = live.model if which == "live" else self.base.model
-            return generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling), published
+            said = generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling)
+            tokens.update(prompt=said.prompt_tokens, completion=said.completion_tokens)
+            return said, published
 
     def export(self, format: ExportFormat, folder: Path) -> dict[str, Any]:
         """Write what is live now into an empty folder; returns its index, which names the revision and the state.
@@ -152,8 +158,6 @@ class Engine:
         Raises EditRefused with the measurements; RevisionMismatch; TextTooLong; EmptyTextError; LedgerUnavailable.
         Whatever is raised, the live weights are as they were.
         """
-        request = self._texts.put(request)
-        tokens = self._texts.encode(request)
         terms = Terms(dry_run, on_conflict, allow_loss)
 
         def attempt() -> Outcome:
@@ -165,7 +169,12 @@ class Engine:
             _require_time(request)
             return make_edit(self._workshop, request, tokens, terms)
 
-        return self._behind_others(attempt, self._turns.wait(request))
+        with self._telemetry.change("edit") as change:
+            request = self._texts.put(request)
+            tokens = self._texts.encode(request)
+            outcome = self._behind_others(attempt, self._turns.wait(request))
+            change.came_to(outcome.status, **outcome.traced)
+        return outcome
 
     def apply_batch(
         self,
@@ -183,13 +192,7 @@ class Engine:
         requests: with one idempotency key and request digest, if any. partial: make those that can be made.
         Raises BatchTooLarge; otherwise as `apply`, with every verdict.
         """
-        if len(requests) > self.limits.batch_edits:
-            raise BatchTooLarge(
-                f"{len(requests)} edits are more than the {self.limits.batch_edits} of one batch; send them in several",
-                limit=self.limits.batch_edits,
-            )
-        items = [self._item(index, request) for index, request in enumerate(requests)]
-        batch = Batch(self._workshop, items, Terms(dry_run, on_conflict, allow_loss, partial), tell)
+        terms = Terms(dry_run, on_conflict, allow_loss, partial)
 
         def attempt() -> BatchOutcome:
             made = self._repeated_of(requests[0])
@@ -200,7 +203,19 @@ class Engine:
             self._require_released()
             return batch.make()
 
-        return self._behind_others(attempt, self._turns.wait(requests[0]))
+        with self._telemetry.change("batch", len(requests)) as change:
+            if len(requests) > self.limits.batch_edits:
+                raise BatchTooLarge(
+                    f"{len(requests)} edits are more than the {self.limits.batch_edits} of one batch; send them in "
+                    "several",
+                    limit=self.limits.batch_edits,
+                )
+            items = [self._item(index, request) for index, request in enumerate(requests)]
+            batch = Batch(self._workshop, items, terms, tell)
+            outcome = self._behind_others(attempt, self._turns.wait(requests[0]))
+            edits = len(outcome.edits) if outcome.replayed else outcome.edits
+            change.came_to(outcome.status, edits, revision=outcome.revision, batch_size=len(outcome.edits))
+        return outcome
 
     def _item(self, index: int, request: EditRequest) -> Item:
         try:
@@ -222,7 +237,8 @@ class Engine:
         def attempt() -> Reversal:
             return roll_back(self._workshop, edit_id, note, dry_run=dry_run)
 
-        return self._reversal(self._once(attempt, note, expected_revision))
+        done = self._once("rollback", attempt, note, expected_revision, dry_run=dry_run, edit_id=edit_id)
+        return self._reversal(done)
 
     def restore(
         self, to: int | str, note: Note = NOTHING, *, expected_revision: int | None = None, dry_run: bool = False
@@ -236,20 +252,20 @@ class Engine:
             target = Target(self.history.tag(to).revision, to) if isinstance(to, str) else Target(to)
             return restore(self._workshop, target, note, dry_run=dry_run)
 
-        return self._reversal(self._once(attempt, note, expected_revision))
+        return self._reversal(self._once("restore", attempt, note, expected_revision, dry_run=dry_run))
 
     def kill(self, note: Note = NOTHING, *, expected_revision: int | None = None) -> Restored:
         """Serve the base, and make no change until `revive`. Returns the entry that says so. Raises as `restore`.
 
         A change that is under way is given up.
         """
-        turn = self._turns.taken_first(note)
-        return self._once(lambda: engage(self._workshop, note), note, expected_revision, turn, killed_or_not=True)
+        turn, attempt = self._turns.taken_first(note), lambda: engage(self._workshop, note)
+        return self._once("kill", attempt, note, expected_revision, turn, killed_or_not=True)
 
     def revive(self, note: Note = NOTHING, *, expected_revision: int | None = None) -> Restored | None:
         """Serve again what was served before `kill`, but for what expired since; None if nothing was killed."""
-        turn = self._turns.taken(note)
-        return self._once(lambda: release(self._workshop, note), note, expected_revision, turn, killed_or_not=True)
+        turn, attempt = self._turns.taken(note), lambda: release(self._workshop, note)
+        return self._once("revive", attempt, note, expected_revision, turn, killed_or_not=True)
 
     def tag(
         self, name: str, revision: int | None = None, note: Note = NOTHING, *, expected_revision: int | None = None
@@ -259,12 +275,14 @@ class Engine:
         Raises RevisionNotFound, RevisionNotRestorable; RevisionMismatch, IdempotencyKeyReused, LedgerUnavailable.
         """
         return self._once(
-            lambda: put_tag(self._workshop, name, revision, note), note, expected_revision, killed_or_not=True
+            "tag", lambda: put_tag(self._workshop, name, revision, note), note, expected_revision, killed_or_not=True
         )
 
     def untag(self, name: str, note: Note = NOTHING, *, expected_revision: int | None = None) -> Tagged:
         """Take a name away; what it named stays. Raises TagNotFound, and as `tag` does."""
-        return self._once(lambda: remove_tag(self._workshop, name, note), note, expected_revision, killed_or_not=True)
+        return self._once(
+            "tag", lambda: remove_tag(self._workshop, name, note), note, expected_revision, killed_or_not=True
+        )
 
     def expire(self) -> list[Edit]:
         """Roll back the edits whose time has come. Returns them. Raises Busy, LedgerUnavailable."""
@@ -277,45 +295,59 @@ class Engine:
             def attempt(edit_id: str = edit.id) -> Reversal:
                 return roll_back(self._workshop, edit_id, EXPIRED, expired=True)
 
-            with suppress(AlreadyRolledBack):  # by another service, which has a clock too
+            # Another service has a clock too.
+            with suppress(AlreadyRolledBack), self._telemetry.change("expire") as change:
                 self._behind_others(attempt, self._turns.taken())
+                change.came_to("done", edit_id=edit.id)
                 done.append(edit)
         return done
 
     def _once(
         self,
+        kind: Kind,
         attempt: Callable[[], Changed],
         note: Note,
         expected_revision: int | None,
         turn: AbstractContextManager[None] | None = None,
         *,
+        dry_run: bool = False,
         killed_or_not: bool = False,
+        **traced: str,
     ) -> Changed | Any:
         """What a change comes to, or the entry of an earlier request for it."""
 
         def once() -> Changed | Any:
             made = self._repeated_of(note)
             if made:
+                change.came_to("replayed", revision=made.sequence, **traced)
                 return made
             self._expect(expected_revision)
             if not killed_or_not:
                 self._require_released()
-            return attempt()
+            before, done = self.published.revision, attempt()
+            now = self.published.revision
+            change.came_to("done" if now > before else "dry_run" if dry_run else "unchanged", revision=now, **traced)
+            return done
 
-        return self._behind_others(once, turn or self._turns.wait(note))
+        with self._telemetry.change(kind) as change:
+            return self._behind_others(once, turn or self._turns.wait(note))
 
     def _reversal(self, done: Reversal | RolledBack | Restored) -> Reversal:
         return done if isinstance(done, Reversal) else Reversal.of(done, self.history)
 
     def _behind_others(self, attempt: Callable[[], Changed], turn: AbstractContextManager[None]) -> Changed:
         """Make a change after everything that the ledger holds; once more if another writer was first meanwhile."""
-        with turn:
-            for _ in range(MAX_RACES - 1):
+
+        def once() -> Changed:
+            with self._telemetry.step("catch_up"):
                 self.catch_up()
-                with suppress(LedgerConflict):
-                    return attempt()
-            self.catch_up()
             return attempt()
+
+        with self._telemetry.waited(turn):
+            for _ in range(MAX_RACES - 1):
+                with suppress(LedgerConflict):
+                    return once()
+            return once()
 
     def require(self, revision: int, within_s: float) -> None:
         """Come back when a revision, or a later one, is live. Raises RevisionNotReached after so many seconds; Busy."""
@@ -330,7 +362,7 @@ class Engine:
 
         Raises Busy, LedgerUnavailable; LedgerDiverged when they are not, as `catch_up` does from then on.
         """
-        with self._turns.wait():
+        with self._telemetry.waited(self._turns.wait()):
             self.catch_up()
             proof = self.weights.proof()
             if not proof.holds:

@@ -15,13 +15,14 @@ from service.engine.history import Edit, History
 from service.engine.weights import Weights
 from service.failpoints import reach
 from service.ledger import Entry, FactorsMissing, RedisLedger, Restored, decode
+from service.telemetry import Telemetry
 
 
 class Journal:
     """Used by the one writer alone."""
 
-    def __init__(self, ledger: RedisLedger, history: History, weights: Weights) -> None:
-        self._ledger, self._history, self._weights = ledger, history, weights
+    def __init__(self, ledger: RedisLedger, history: History, weights: Weights, telemetry: Telemetry) -> None:
+        self._ledger, self._history, self._weights, self._telemetry = ledger, history, weights, telemetry
         self._last: Entry | None = None
         """The last entry that the state and the history hold; what is published may be behind it, never ahead."""
 
@@ -46,19 +47,20 @@ class Journal:
         Raises LedgerConflict, LedgerUnavailable, FactorsMissing, EntryInvalid; then nothing is live. What fails later
         leaves what the ledger then holds to the next `catch_up`.
         """
-        clock, (last, _) = Clock(), stored[-1]
-        published = self._weights.as_published(last.sequence, last.state_digest)
-        if len(stored) == 1:
-            self._ledger.append(*stored[0], needs=[edit.applied for edit in needs])
-        else:
-            self._ledger.append_all(stored)
-        clock.lap("commit")
-        for entry, _ in stored:
-            self._record(entry)
-        self._weights.settle()
-        reach("settle")
-        self._weights.publish(published)
-        clock.lap("publish")
+        with Clock(self._telemetry) as clock:
+            clock.begin("commit")
+            last, _ = stored[-1]
+            published = self._weights.as_published(last.sequence, last.state_digest)
+            if len(stored) == 1:
+                self._ledger.append(*stored[0], needs=[edit.applied for edit in needs])
+            else:
+                self._ledger.append_all(stored)
+            clock.begin("publish")
+            for entry, _ in stored:
+                self._record(entry)
+            self._weights.settle()
+            reach("settle")
+            self._weights.publish(published)
         return clock.laps
 
     def catch_up(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from editors.capture import capture
+from editors.capture import Capture, capture
 from editors.checkpoint import Checkpoint
 from editors.factors import Factors
 from editors.scale import ScaleSearch, search_edit
@@ -21,6 +21,15 @@ from editors.views import UpperBlocks
 
 MAX_ATTEMPTS = 5
 """Scales that are staged and judged for one edit, at most."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What edits are worked out from. hidden: under the edited blocks, (edits, tokens, width)."""
+
+    tokens: Sequence[Tokens]
+    hidden: Tensor
+    rows: Capture
 
 
 @dataclass(frozen=True)
@@ -72,10 +81,15 @@ class Proposer:
         self.first_scale, self._margin_nats = checkpoint.editor.first_scale, checkpoint.margin_nats
 
     @torch.no_grad()
-    def draft(self, tokens: Sequence[Tokens]) -> list[Draft]:
-        """Edits that are independent of each other, captured as one batch."""
+    def capture(self, tokens: Sequence[Tokens]) -> Captured:
+        """The gradients of edits that are independent of each other, as one batch."""
         hidden = self._pristine.below([sequence.inputs for sequence in tokens])
-        proposal = self._editor(capture(self._pristine, hidden, tokens))
+        return Captured(tokens, hidden, capture(self._pristine, hidden, tokens))
+
+    @torch.no_grad()
+    def draft(self, captured: Captured) -> list[Draft]:
+        """What the editor makes of them."""
+        tokens, hidden, proposal = captured.tokens, captured.hidden, self._editor(captured.rows)
         return [
             Draft(
                 sequence,

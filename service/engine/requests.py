@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import JsonValue
 
@@ -100,6 +100,22 @@ class Outcome:
     @property
     def unchanged(self) -> bool:
         return self.applied is None
+
+    @property
+    def status(self) -> Literal["applied", "unchanged", "dry_run", "replayed"]:
+        if self.replayed:
+            return "replayed"
+        if self.applied is None:
+            return "unchanged"
+        return "applied" if self.committed else "dry_run"
+
+    @property
+    def traced(self) -> dict[str, Any]:
+        """What a trace may tell of it: no text."""
+        facts: dict[str, Any] = {"revision": self.revision}
+        if self.applied is not None:
+            facts["scale"] = self.applied.scale
+        return facts | {"edit_id": self.applied.edit_id} if self.committed else facts
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from service.engine.clock import Clock
 from service.engine.errors import RevisionNotRestorable
 from service.engine.history import Change, Edit, History
 from service.engine.requests import Note
@@ -108,16 +109,32 @@ def restore(
 def _move(
     workshop: Workshop, change: Change, as_entry: Callable[..., RolledBack | Restored], note: Note, *, dry_run: bool
 ) -> Reversal:
+    with Clock(workshop.telemetry) as clock:
+        return _moved(workshop, clock, change, as_entry, note, dry_run=dry_run)
+
+
+def _moved(
+    workshop: Workshop,
+    clock: Clock,
+    change: Change,
+    as_entry: Callable[..., RolledBack | Restored],
+    note: Note,
+    *,
+    dry_run: bool,
+) -> Reversal:
     weights, returned = workshop.weights, list(map(workshop.history.find, change.returned))
+    clock.begin("stage")
     with _restorable():
         workshop.journal.factors(returned)
     with _staged(workshop, change):
         digest = weights.state.digest()
+        clock.end()
         entry = as_entry(
             sequence=weights.published.revision + 1, created_at=datetime.now(UTC), state_digest=digest, **vars(note)
         )
         done = Reversal(entry, change, entry.sequence, digest, weights.state.edits)
         if dry_run:
+            clock.begin("preview")
             now = weights.published.revision
             return replace(done, revision=now, committed=False, answers=_answers(workshop, change))
         with _restorable():

@@ -20,15 +20,22 @@ from service.ledger import Applied
 
 def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: Terms) -> Outcome:
     """Make a correction, or find out what it would do. Raises EditRefused with the measurements, and LedgerError."""
+    with Clock(workshop.telemetry) as clock:
+        return _make(workshop, clock, request, tokens, terms)
+
+
+def _make(workshop: Workshop, clock: Clock, request: EditRequest, tokens: Tokens, terms: Terms) -> Outcome:
     weights, history, judge = workshop.weights, workshop.history, workshop.judge
-    clock = Clock()
+    clock.begin("before")
     before = workshop.answers.one(weights.live, request.prompt, tokens)
-    clock.lap("before")
     now = weights.published
     if workshop.base.says(before, request.correction):
         return Outcome(None, now.revision, now.digest, before, committed=False, prompt=request.prompt)
-    (draft,) = workshop.proposer.draft([tokens])
-    clock.lap("propose")
+    clock.begin("capture")
+    captured = workshop.proposer.capture([tokens])
+    clock.begin("propose")
+    (draft,) = workshop.proposer.draft(captured)
+    clock.begin("search")
     workshop.give_way()
     near = find_near(weights.state.overlaps(draft.rows), history)
     place = find_place(request, near, history, terms.on_conflict)
@@ -37,16 +44,16 @@ def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: T
     took = harm = None
     with weights.without(workshop.journal.factors(history.superseding(place.supersedes).leaving)) as view:
         draft, search = workshop.proposer.search(draft, view.upper, weights.state)
-        clock.lap("search")
         attempts = Attempts(search, workshop.margin_nats)
         for index in attempts:
+            clock.begin("stage", scale=SCALES[index])
             workshop.give_way()
             factors = draft.factors(SCALES[index])
             with weights.staged(add=[factors]):
-                clock.lap("stage")
                 require_room(weights.state.fullness())
+                clock.begin("judge", scale=SCALES[index])
                 (verdict,), harm = judge.verdicts([(request, tokens)]), judge.harm(others)
-                clock.lap("judge")
+                clock.end()
                 workshop.give_way()
                 took = verdict.took
                 measured = {"after": verdict.after, "checks": checks(verdict, harm, place)}

@@ -12,6 +12,7 @@ from service.engine.journal import Journal
 from service.engine.judge import Judge
 from service.engine.proposal import Proposer
 from service.engine.weights import Weights
+from service.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,4 @@ class Workshop:
     judge: Judge
     margin_nats: float
     give_way: Callable[[], None]
+    telemetry: Telemetry

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from opentelemetry.trace import TracerProvider
 
 from editors.base_model import load_base_model
 from editors.checkpoint import load_checkpoint
@@ -62,8 +63,10 @@ def serve(folders: Folders) -> Serve:
     """Start the application and wait until it is ready."""
 
     @contextmanager
-    def serve(data_dir: Path, **settings: object) -> Iterator[TestClient]:
-        app = create_app(Settings(**{**folders.settings(data_dir), **settings}))
+    def serve(
+        data_dir: Path, tracer_provider: TracerProvider | None = None, **settings: object
+    ) -> Iterator[TestClient]:
+        app = create_app(Settings(**{**folders.settings(data_dir), **settings}), tracer_provider=tracer_provider)
         with TestClient(app, raise_server_exceptions=False) as client:
             wait_until(lambda: client.get("/readyz").status_code == 200 or bool(app.state.service.failure))
             assert app.state.service.failure is None

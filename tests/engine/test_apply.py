@@ -94,7 +94,7 @@ class TestACommittedEdit:
         assert says(engine, first.prompt, "base") == before
         assert applied.checks["took"] is True
         assert 0 <= applied.checks["drawdown"] <= applied.checks["drawdown_budget"] == 1.0
-        assert set(applied.timings_ms) == {"before", "propose", "search", "stage", "judge"}
+        assert set(applied.timings_ms) == {"before", "capture", "propose", "search", "stage", "judge"}
         assert set(outcome.publish_ms) == {"commit", "publish"}
 
     def test_leaves_the_base_model_alone(self, engine, base, first):

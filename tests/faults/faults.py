@@ -26,11 +26,11 @@ from tests.faults.processes import Scene
 
 WRITING = ("append", "send", "commit", "settle", "publish")
 STEPS: dict[Kind, tuple[str, ...]] = {
-    "edit": ("before", "propose", "search", "stage", "judge", *WRITING),
-    "supersede": ("before", "propose", "search", "stage", "judge", *WRITING),
-    "batch": ("before", "propose", "stage", "place", "judge", *WRITING),
-    "rollback": WRITING,
-    "restore": WRITING,
+    "edit": ("before", "capture", "propose", "search", "stage", "judge", *WRITING),
+    "supersede": ("before", "capture", "propose", "search", "stage", "judge", *WRITING),
+    "batch": ("before", "capture", "propose", "stage", "place", "judge", *WRITING),
+    "rollback": ("stage", *WRITING),
+    "restore": ("stage", *WRITING),
 }
 """The failpoints that a change passes, in their order."""
 MOST_ASKS = 60
