@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
-from service.engine import EditRefused, RevisionMismatch
+from service.engine import EditRefused, Outcome, RevisionMismatch
+from service.engine.errors import RequestInFlight
 from tests.service_fixtures import COUNTRIES, asks, base_weights, live_weights, namespace_of, same_bits
 
 READERS = 4
@@ -78,8 +80,16 @@ def test_edits_from_many_threads_become_one_sequence(engine, open_engine):
 @pytest.mark.parametrize("requests", [8])
 def test_one_idempotency_key_from_many_threads_makes_one_edit(engine, requests, first):
     request = replace(first, idempotency_key="key", request_digest="one")
+
+    def apply(_: int) -> Outcome:
+        while True:
+            try:
+                return engine.apply(request)
+            except RequestInFlight:
+                time.sleep(0.01)
+
     with ThreadPoolExecutor(requests) as callers:
-        outcomes = list(callers.map(lambda _: engine.apply(request), range(requests)))
+        outcomes = list(callers.map(apply, range(requests)))
     assert engine.ledger.head() == 1
     assert len({outcome.applied.edit_id for outcome in outcomes}) == 1
     assert sum(not outcome.replayed for outcome in outcomes) == 1
