@@ -256,7 +256,7 @@ class TestAtTheMoment:
                 wait_until(lambda: figures(client)["mend_waiting_changes",] == 1)
             assert posted.result().status_code == 201
         assert figures(client)["mend_waiting_changes",] == 0
-        assert told.of("mend_step_seconds_count")["wait"] == 2
+        assert told.of("mend_step_seconds_count")["wait"] == 1
 
     def test_is_told_while_every_thread_of_the_application_is_taken(self, client, bodies, changing):
         limiter = client.portal.call(anyio.to_thread.current_default_thread_limiter)

@@ -97,7 +97,9 @@ class TestEdit:
         ended = mend("edit", prompt, correction, "--json")
         body = {"prompt": prompt, "correction": correction}
         assert ended.status == REFUSED
-        assert json.loads(ended.out) == live.server.client.post("/edits", json=body).json()
+        said, again = json.loads(ended.out), live.server.client.post("/edits", json=body).json()
+        assert said.pop("request_id") != again.pop("request_id")
+        assert said == again
         assert ended.err.endswith(" (did_not_take)\n")
 
     def test_only_at_a_revision(self, mend, live):
