@@ -24,7 +24,7 @@ from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
 from service.api import batch, metrics, problems, rollbacks
-from service.api.access import AccessMiddleware
+from service.api.access_log import AccessMiddleware
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
 from service.api.waiting import Waiting

@@ -134,7 +134,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
     """Answer errors of the app as problems. domain_errors: bases of errors with `code` and `facts`.
 
-    What nobody expects is answered by the outermost layer (`service.api.access`).
+    What nobody expects is answered by the outermost layer (`service.api.access_log`).
     """
     for error_type in domain_errors:
         app.add_exception_handler(error_type, _domain)

@@ -19,7 +19,7 @@ from prometheus_client import generate_latest
 
 from service import logs
 from service.api import problems
-from service.api.access import AccessMiddleware
+from service.api.access_log import AccessMiddleware
 from service.failpoints import arm
 from service.telemetry import Telemetry
 from tests.api.answers import assert_problem
