@@ -52,7 +52,8 @@ load: $(STAMP) ## Ten minutes of edits and generations at once: figures, errors,
 	$(PY) -m pip install --quiet --editable '.[load]'
 	$(PY) -m tests.load $(ARGS)
 
-lint: $(STAMP) ## Check style, formatting and the direction of imports
+lint: $(STAMP) ## Check style, formatting, the direction of imports and the Dockerfile
+	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
