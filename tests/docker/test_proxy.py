@@ -120,7 +120,9 @@ class Answering(BaseHTTPRequestHandler):
         elif path.startswith("stream"):
             self._stream(path.partition("/")[2])
         else:
-            body = json.dumps({"headers": dict(self.headers), "bytes": received}).encode()
+            body = json.dumps(
+                {"headers": dict(self.headers), "bytes": received, "server": self.server.address}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -213,6 +215,21 @@ def test_asks_others_again_only_for_what_changes_nothing(tmp_path, method, servi
     assert answer.status_code == said["status"] == STATUS_BY_CODE[said["code"]]
     assert [bool(each.asked) for each in three].count(True) == services
     assert method == "GET" or sum(len(each.asked) for each in three) == 1
+
+
+def test_sends_what_is_repeated_to_the_service_that_has_it(tmp_path):
+    with ExitStack() as stack:
+        three = [stack.enter_context(Upstream()) for _ in range(3)]
+        client = stack.enter_context(proxying(tmp_path / "log", *(each.address for each in three)))
+
+        def asked_by(key: str) -> str:
+            return client.post("/edits", headers={"Idempotency-Key": key}).json()["server"]
+
+        by_key = {key: {asked_by(key) for _ in range(2)} for key in map(str, range(40))}
+        for each in three:
+            each.shutdown()
+    assert all(len(servers) == 1 for servers in by_key.values())
+    assert set.union(*by_key.values()) == {each.address for each in three}
 
 
 class Within:
