@@ -90,7 +90,7 @@ def test_replicas_are_the_one_service_thrice_without_its_port():
     (one,) = mends("compose.yaml").values()
     replicas = mends("compose.replicas.yaml")
     assert len(replicas) == 3
-    apart = {"MEND_ALLOWED_HOSTS", "FORWARDED_ALLOW_IPS"}
+    apart = {"MEND_ALLOWED_HOSTS"}
     for each in (one, *replicas.values()):
         each["environment"] = {name: value for name, value in each["environment"].items() if name not in apart}
     del one["ports"]
