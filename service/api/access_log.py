@@ -10,20 +10,18 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 import anyio
-import fastapi
 from opentelemetry import propagate, trace
 from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from service.api.problems import UNEXPECTED, problem, told_codes
+from service.api.templates import NO_ROUTE, Templates
 from service.telemetry import Telemetry
 
 logger = logging.getLogger("mend.api")
@@ -34,8 +32,8 @@ SANE = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 PROBES = {"/livez", "/readyz", "/metrics"}
 """Asked every few seconds: logged for those who look for mistakes only, and not traced."""
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-OTHER, NO_ROUTE = "other", "none"
-"""What is told of methods and of paths that nobody knows, of which there could be any number."""
+OTHER = "other"
+"""What is told of methods that nobody knows, of which there could be any number."""
 CLIENT_LEFT = 499
 """Told of an answer that nobody waited for; no client ever sees it."""
 
@@ -159,22 +157,3 @@ class Exchange:
         if status >= 500:
             self.span.set_status(StatusCode.ERROR)
         self.span.end()
-
-
-class Templates:
-    """Of every route of an app: asked by path, since a request may be answered before it comes to a route."""
-
-    def __init__(self, routes: Sequence[BaseRoute]) -> None:
-        # Where FastAPI keeps included routers apart, it has a function that tells their routes.
-        flat = getattr(fastapi.routing, "iter_route_contexts", iter)(routes)
-        self._known = [
-            (route.path_regex, getattr(route, "methods", None), route.path_format)
-            for route in flat
-            if hasattr(route, "path_regex")
-        ]
-
-    def find(self, method: str, path: str) -> str:
-        """The route that is asked, or would be but for the method."""
-        found = [(methods, template) for regex, methods, template in self._known if regex.match(path)]
-        asked = (template for methods, template in found if methods is None or method in methods)
-        return next(asked, found[0][1] if found else NO_ROUTE)

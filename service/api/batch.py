@@ -83,7 +83,11 @@ def _valid(kind: type[Body], data: Any, *where: str | int) -> Body:
     status_code=201,
     response_model=BatchView,
     responses={
-        200: {"model": BatchView, "description": "Nothing was changed: all true already, or a dry run; or JSON Lines"},
+        200: {
+            "model": BatchView,
+            "description": "Nothing was changed: all true already, or a dry run; or JSON Lines",
+            "content": {JSON_LINES: {"schema": {"type": "string"}}},
+        },
         202: {"model": Pending, "description": "Not done within `wait` seconds"},
         **responses(400, 409, 412, 413, 422, 503),
     },

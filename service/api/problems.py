@@ -6,7 +6,7 @@ Domain errors carry a code and facts; the table here says which HTTP status each
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
@@ -15,9 +15,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 from structlog.contextvars import get_contextvars
 
+from service.api.templates import Templates
 from service.api.views import Problem
 
 logger = logging.getLogger("mend.api")
@@ -173,13 +173,5 @@ async def _http(request: Request, error: Any) -> JSONResponse:
     answer = problem(_BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
     answer.headers.update(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # starlette names the methods of the first route alone
-        answer.headers["Allow"] = ", ".join(_methods(request))
+        answer.headers["Allow"] = ", ".join(Templates(request.app.routes).methods(request.url.path))
     return answer
-
-
-def _methods(request: Request) -> Iterator[str]:
-    """All that some route takes on this path."""
-    for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"):
-        scope = {**request.scope, "method": method}
-        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
-            yield method

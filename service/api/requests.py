@@ -157,7 +157,11 @@ class EditBody(_Request):
     @field_validator("metadata")
     @classmethod
     def _metadata_is_small(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if len(json.dumps(value)) > 16_384:
+        try:
+            size = len(json.dumps(value, allow_nan=False))
+        except ValueError:
+            raise ValueError("must hold finite numbers only") from None
+        if size > 16_384:
             raise ValueError("must not be longer than 16,384 bytes as JSON")
         return value
 
@@ -325,7 +329,7 @@ class EditsQuery(_Request):
     """Which edits to list, newest first."""
 
     status: Literal["applied", "superseded", "rolled_back"] | None = None
-    q: str | None = Field(None, max_length=MAX_TEXT, description="Text in the prompt or the correction.")
+    q: str | None = Field(None, max_length=1000, description="Text in the prompt or the correction.")
     limit: int = Field(50, ge=1, le=500)
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
 
