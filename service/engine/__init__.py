@@ -1,6 +1,8 @@
 """The engine: stage, judge, commit, publish; roll back; replay."""
 
-from editors.decoding import Sampling
+from editors.continuation import Wish
+from editors.sampling import Sampling
+from service.engine.asking import Ask, Ended, Event, Listener, Said, Ticket, Which
 from service.engine.audit import Audit
 from service.engine.batch import Tell
 from service.engine.batch_items import BatchOutcome, ItemStatus
@@ -10,6 +12,7 @@ from service.engine.errors import (
     AlreadyRolledBack,
     BatchRefused,
     BatchTooLarge,
+    Busy,
     DidNotTake,
     DrawdownExceeded,
     EditConflict,
@@ -17,6 +20,8 @@ from service.engine.errors import (
     EditorChanged,
     EditRefused,
     EngineError,
+    GenerationFailed,
+    GenerationTimeout,
     NotReady,
     RevisionMismatch,
     StateFull,
@@ -28,10 +33,12 @@ from service.engine.requests import EditRequest, Limits, OnConflict, Outcome, Pu
 
 __all__ = [
     "AlreadyRolledBack",
+    "Ask",
     "Audit",
     "BatchOutcome",
     "BatchRefused",
     "BatchTooLarge",
+    "Busy",
     "Capacity",
     "DidNotTake",
     "DrawdownExceeded",
@@ -40,19 +47,28 @@ __all__ = [
     "EditRefused",
     "EditRequest",
     "EditorChanged",
+    "Ended",
     "Engine",
     "EngineError",
+    "Event",
+    "GenerationFailed",
+    "GenerationTimeout",
     "ItemStatus",
     "Limits",
+    "Listener",
     "NotReady",
     "OnConflict",
     "Outcome",
     "Published",
     "RevisionMismatch",
+    "Said",
     "Sampling",
     "StateFull",
     "Tell",
     "TextTooLong",
+    "Ticket",
+    "Which",
+    "Wish",
     "WouldBreakEdits",
     "read_guard_prompts",
 ]

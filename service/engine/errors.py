@@ -16,6 +16,8 @@
     ├── AlreadyRolledBack
     ├── RevisionMismatch         the caller's expected revision is not the current one
     ├── RevisionNotReached       the caller wants a revision that is not live here, or not yet
+    ├── GenerationFailed         the model could not go on with a text
+    ├── GenerationTimeout        no place became free in time
     ├── IdempotencyKeyReused     the same key with another request
     ├── TextTooLong
     ├── LedgerDiverged           the ledger is not the one that this process has applied
@@ -112,6 +114,14 @@ class RevisionNotReached(EngineError):
             wanted=wanted,
             revision=actual,
         )
+
+
+class GenerationFailed(EngineError):
+    code = "generation_failed"
+
+
+class GenerationTimeout(EngineError):
+    code = "generation_timeout"
 
 
 class IdempotencyKeyReused(EngineError):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from editors.base_model import BaseModel
 from editors.errors import EmptyTextError
 from editors.text import Tokens
 from service.engine.answers import Answers
+from service.engine.asking import Ask
 from service.engine.errors import TextTooLong
 from service.engine.requests import EditRequest, Limits
 
@@ -35,11 +38,34 @@ class Texts:
                 self.check(name, prompt, length)
         return tokens
 
-    def check(self, name: str, text: str, new_tokens: int) -> None:
-        """Refuse a prompt without words, beyond the limit, or that leaves no positions for what is to follow it."""
+    def worded(self, ask: Ask) -> tuple[Ask, tuple[int, ...]]:
+        """An ask with the tokens of its prompt, and with as many to follow as there is room for if it names no number.
+
+        Raises EmptyTextError, TextTooLong.
+        """
+        wanted = ask.wish.max_new_tokens
+        if isinstance(ask.prompt, str):
+            ids = self.check("prompt", ask.prompt, wanted or 1)
+        else:
+            ids = ask.prompt
+            self.check_length("prompt", len(ids), wanted or 1)
+        if wanted is None:
+            room = self._limits.new_tokens
+            if self._positions is not None and self._base.kind == "decoder":
+                room = min(room, self._positions - len(ids))
+            ask = replace(ask, wish=replace(ask.wish, max_new_tokens=room))
+        return ask, ids
+
+    def check(self, name: str, text: str, new_tokens: int) -> tuple[int, ...]:
+        """Tokens of a prompt; refused without words, beyond the limit, or without positions for what is to follow."""
         if not text.strip():
             raise EmptyTextError(f"{name} is empty; give it some words", field=name)
-        tokens = len(self._base.encode(text).prompt)
+        ids = self._base.encode(text).prompt
+        self.check_length(name, len(ids), new_tokens)
+        return ids
+
+    def check_length(self, name: str, tokens: int, new_tokens: int) -> None:
+        """Refuse a prompt of so many tokens, with so many to follow it, beyond the limit or the model's positions."""
         if tokens > self._limits.prompt_tokens:
             raise TextTooLong(
                 f"{name} has {tokens} tokens, more than {self._limits.prompt_tokens}; shorten it",
