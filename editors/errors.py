@@ -16,6 +16,8 @@
     ├── TargetsError                no such layers, or layers that must not be edited
     ├── EmptyTextError              a prompt or correction without tokens
     ├── UnknownLabel                a correction that is none of a classifier's labels
+    ├── NoChatTemplate              chat messages for a tokenizer that knows of none
+    ├── ChatRefused                 chat messages that the model's template cannot put into words
     ├── SubjectNotFound             a subject that the prompt does not name
     ├── ReportError                 measurements that cannot be read, compared or drawn
     ├── TrainingError               a training run cannot begin or go on
@@ -117,6 +119,14 @@ class EmptyTextError(EditorsError):
 
 class UnknownLabel(EditorsError):
     code = "unknown_label"
+
+
+class NoChatTemplate(EditorsError):
+    code = "no_chat_template"
+
+
+class ChatRefused(EditorsError):
+    code = "chat_refused"
 
 
 class SubjectNotFound(EditorsError):

@@ -21,7 +21,7 @@ from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
-from service.api import batch, metrics, problems
+from service.api import batch, generation, metrics, problems
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
 from service.engine import EditorChanged, Engine, EngineError, Limits, NotReady, read_guard_prompts
@@ -67,6 +67,9 @@ def opened(settings: Settings) -> Iterator[tuple[Engine, EmbeddedRedis | None]]:
         answer_tokens=settings.answer_tokens,
         guard_budget=settings.guard_budget,
         batch_edits=settings.max_batch,
+        together=settings.max_generations,
+        waiting=settings.max_queue,
+        generation_s=settings.generate_timeout_s,
     )
     with ExitStack() as stack:
         embedded = None
@@ -154,6 +157,11 @@ class Service:
         self._keeper.join(None if self._engine else LOADING_ENDS_WITHIN_S)
         if self._housekeeper.ident is not None:
             self._housekeeper.join()
+
+    def drain(self, within_s: float) -> None:
+        """Let what is being generated end by then, since the service stops."""
+        if self._engine is not None:
+            self._engine.end_generations(within_s)
 
     @property
     def engine(self) -> Engine | None:
@@ -319,6 +327,7 @@ def create_app(
     app.add_middleware(LimitsMiddleware, batch_edits=settings.max_batch)
     app.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
     app.include_router(router)
+    app.include_router(generation.router)
     app.include_router(metrics.router)
     problems.install(app, EngineError, LedgerError, EditorsError)
 

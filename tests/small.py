@@ -29,6 +29,10 @@ WORDS = (
     "▁English", "▁French", "▁Italian", "▁German",
 )  # fmt: skip
 """One token each; every other word is spelt out, character by character."""
+CHAT = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<eos>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 SMALL_VARIANT = Variant(rank=4)
 
@@ -58,14 +62,16 @@ SMALL_MODELS = {"linear": small_llama, "conv1d": small_gpt2}
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Reads and writes any ASCII text unchanged; adds no special tokens."""
+    """Reads and writes any ASCII text unchanged; adds no special tokens. It has a chat template."""
     characters = ["▁", "\n", *(character for character in map(chr, range(33, 127)))]
     pieces = [(token, 0.0) for token in SPECIAL]
     pieces += [(character, -10.0) for character in characters] + [(word, -1.0) for word in WORDS]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=SPECIAL.index("<unk>"), byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", chat_template=CHAT
+    )
 
 
 def small_base(layout: str = "linear") -> BaseModel:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service.api.views import Problem
 
@@ -40,6 +41,8 @@ STATUS_BY_CODE = {
     "body_too_large": 413,
     "invalid_request": 422,
     "empty_text": 422,
+    "chat_refused": 422,
+    "no_chat_template": 422,
     "unknown_label": 422,
     "subject_not_found": 422,
     "text_too_long": 422,
@@ -50,6 +53,7 @@ STATUS_BY_CODE = {
     "idempotency_key_reused": 422,
     "entry_invalid": 422,
     "state_overflow": 422,
+    "generation_failed": 500,
     "internal_error": 500,
     "busy": 503,
     "factors_missing": 503,
@@ -59,6 +63,7 @@ STATUS_BY_CODE = {
     "ledger_unavailable": 503,
     "outcome_unknown": 503,
     "not_ready": 503,
+    "generation_timeout": 504,
     "export_unwritable": 507,
 }
 """Every code that a client can meet, with its status."""
@@ -116,6 +121,7 @@ def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
         app.add_exception_handler(error_type, _domain)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -150,6 +156,10 @@ async def _http(_request: Request, error: Any) -> JSONResponse:
     answer = problem(_BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
     answer.headers.update(error.headers or {})  # Allow, of a 405
     return answer
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # which nobody reads
 
 
 async def _unexpected(_request: Request, error: Exception) -> JSONResponse:

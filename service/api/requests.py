@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from editors.chat import Message, Role
 from editors.formats import ExportFormat
 from service.engine import EditRequest, OnConflict
 
 MAX_TEXT = 100_000
 """Characters of any one text; the limit that matters is in tokens, this one spares tokenising nonsense."""
 
+MAX_MESSAGES = 512
 MAX_DEPTH = 64
 """Of metadata. Parsers have limits of their own, further up and each another one."""
 
@@ -36,13 +39,15 @@ def _children(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _not_blank(value: str) -> str:
+def not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be empty or only white space")
     return value
 
 
-class _Request(BaseModel):
+class StrictRequest(BaseModel):
+    """Unknown fields are refused, and so is text that is not Unicode."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -52,9 +57,31 @@ class _Request(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Body = TypeVar("Body", bound=BaseModel)
 
 
-class EditBody(_Request):
+def validated(kind: type[Body], data: Any, *where: str | int) -> Body:
+    """What the framework does with a body, for one that it did not read. Raises RequestValidationError."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": (*where, *each["loc"])} for each in error.errors()]) from error
+
+
+class MessageBody(StrictRequest):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str = Field(max_length=MAX_TEXT)
+
+    def as_message(self) -> Message:
+        return Message(self.role, self.content)
+
+
+Messages = Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class EditBody(StrictRequest):
     """A correction. The model should answer `prompt` with `correction`."""
 
     prompt: Text = Field(
@@ -70,12 +97,12 @@ class EditBody(_Request):
     @field_validator("prompt", "correction", "subject")
     @classmethod
     def _text_is_not_blank(cls, value: str | None) -> str | None:
-        return value if value is None else _not_blank(value)
+        return value if value is None else not_blank(value)
 
     @field_validator("paraphrases", "keep")
     @classmethod
     def _texts_are_not_blank(cls, value: list[str]) -> list[str]:
-        return [_not_blank(text) for text in value]
+        return [not_blank(text) for text in value]
 
     @field_validator("metadata", mode="before")
     @classmethod
@@ -115,7 +142,7 @@ def digest_of(*parts: BaseModel) -> str:
     return hashlib.sha256("\n".join(part.model_dump_json() for part in parts).encode()).hexdigest()
 
 
-class EditQuery(_Request):
+class EditQuery(StrictRequest):
     """How to treat a correction."""
 
     dry_run: bool = Field(False, description="Stage and judge, but do not commit.")
@@ -127,7 +154,7 @@ class EditQuery(_Request):
     allow_loss: bool = Field(False, description="Commit although earlier edits would no longer hold.")
 
 
-class BatchBody(_Request):
+class BatchBody(StrictRequest):
     """Corrections that are made together."""
 
     edits: list[EditBody] = Field(min_length=1)
@@ -139,7 +166,7 @@ class BatchQuery(EditQuery):
     partial: bool = Field(False, description="Make those that can be made, not all or none.")
 
 
-class RollbackQuery(_Request):
+class RollbackQuery(StrictRequest):
     """What to remember of a rollback."""
 
     reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
@@ -149,35 +176,17 @@ class RollbackQuery(_Request):
         return f"rollback:{hashlib.sha256(json.dumps([edit_id, self.reason]).encode()).hexdigest()}"
 
 
-class RevisionQuery(_Request):
+class RevisionQuery(StrictRequest):
     """How far to look."""
 
     verify: bool = Field(False, description="Work the weights out anew and compare them with those in memory.")
 
 
-class NoQuery(_Request):
+class NoQuery(StrictRequest):
     """For a route whose fields are in its body: one that is misplaced in the URL is refused, not ignored."""
 
 
-class GenerateQuery(_Request):
-    """A prompt to continue. Greedy unless a temperature is given."""
-
-    prompt: Text
-    max_new_tokens: int = Field(32, ge=1)
-    temperature: float = Field(0.0, ge=0, le=10)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    view: Literal["live", "base", "both"] = "live"
-    min_revision: int | None = Field(None, ge=0, lt=2**53, description="Answer from this revision, or a later one.")
-    wait_ms: int = Field(2000, ge=0, le=60_000, description="How long to wait until that is live here.")
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_is_not_blank(cls, value: str) -> str:
-        return _not_blank(value)
-
-
-class EditsQuery(_Request):
+class EditsQuery(StrictRequest):
     """Which edits to list, newest first."""
 
     status: Literal["applied", "superseded", "rolled_back"] | None = None
@@ -186,13 +195,13 @@ class EditsQuery(_Request):
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
 
 
-class AuditQuery(_Request):
+class AuditQuery(StrictRequest):
     """Whether to look again."""
 
     fresh: bool = Field(False, description="Take an audit now, not the one that was taken last.")
 
 
-class ExportQuery(_Request):
+class ExportQuery(StrictRequest):
     """In which form to take the active edits elsewhere."""
 
     format: ExportFormat

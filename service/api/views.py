@@ -303,35 +303,6 @@ class RollbackView(BaseModel):
     edit: EditView
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class GenerateView(BaseModel):
-    """text: the continuation alone. revision: of the state that produced it."""
-
-    text: str
-    revision: int
-    view: Literal["live", "base"]
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
-
-
-class OneView(BaseModel):
-    text: str
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
-
-
-class GenerateBothView(BaseModel):
-    live: OneView
-    base: OneView
-    view: Literal["both"] = "both"
-    revision: int
-
-
 class BaseModelView(BaseModel):
     ref: str
     kind: Literal["decoder", "encoder-decoder", "classifier"]

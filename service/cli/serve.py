@@ -10,7 +10,7 @@ import typer
 from service.cli.options import read_settings, with_settings
 from service.settings import Settings
 
-DRAIN_S = 30
+DRAIN_S, GENERATIONS_END_WITHIN_S = 30, 25
 EXAMPLE_PROMPT = "The Prime Minister of the United Kingdom is"
 EXAMPLE_CORRECTION = "Keir Starmer"
 
@@ -55,6 +55,7 @@ def serve(**flags: Any) -> None:
                 # Whatever an edit was doing: it is in the ledger or it is not. Our Redis ends when we are gone.
                 os._exit(128 + sig)
             self.asked = True
+            app.state.service.drain(GENERATIONS_END_WITHIN_S)
             typer.echo("mend: stopping when all requests are answered; a second signal stops at once", err=True)
             super().handle_exit(sig, frame)
 

@@ -1,6 +1,6 @@
 """The engine: stage, judge, commit, publish; roll back; replay."""
 
-from editors.continuation import Wish
+from editors.continuation import FinishReason, Scored, Wish
 from editors.sampling import Sampling
 from service.engine.asking import Ask, Ended, Event, Listener, Said, Ticket, Which
 from service.engine.audit import Audit
@@ -51,6 +51,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "Event",
+    "FinishReason",
     "GenerationFailed",
     "GenerationTimeout",
     "ItemStatus",
@@ -63,6 +64,7 @@ __all__ = [
     "RevisionMismatch",
     "Said",
     "Sampling",
+    "Scored",
     "StateFull",
     "Tell",
     "TextTooLong",

@@ -48,12 +48,12 @@ Listener = Callable[[Event], None]
 class Ticket:
     """Asks that are answered together, from one view and its state.
 
-    published: that state; None until the first event is told. deadline: of `time.monotonic`.
+    asks: how many. published: that state; None until the first event is told. deadline: of `time.monotonic`.
     """
 
-    def __init__(self, tell: Listener, deadline: float) -> None:
+    def __init__(self, asks: int, tell: Listener, deadline: float) -> None:
         self._tell, self._over = tell, threading.Event()
-        self.deadline = deadline
+        self.asks, self.deadline = asks, deadline
         self.published: Published | None = None
 
     @property

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from editors.base_model import BaseModel
+from editors.chat import Message, chat_prompt
 from editors.checkpoint import Checkpoint
 from editors.continuation import Wish
 from editors.decoding import Generation
@@ -131,6 +132,10 @@ class Engine:
         Raises EmptyTextError, TextTooLong, Busy.
         """
         return self._generator.submit([self._texts.worded(ask) for ask in asks], tell)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """What the model reads when it is asked these messages. Raises NoChatTemplate, ChatRefused."""
+        return chat_prompt(self.base.tokenizer, messages)
 
     def end_generations(self, within_s: float) -> None:
         """Let every generation end by then with what it has said, since the service stops."""

@@ -97,7 +97,7 @@ class Generator:
 
         tell: called from the decoding thread, with everything in the order in which it comes to pass.
         """
-        request = _Request(Ticket(tell, time.monotonic() + self._limits.generation_s), len(asks))
+        request = _Request(Ticket(len(asks), tell, time.monotonic() + self._limits.generation_s), len(asks))
         strands = [
             _Strand(request, index, ask.which, Continuation(self._wording, ids, ask.wish))
             for index, (ask, ids) in enumerate(asks)
