@@ -89,10 +89,9 @@ class Together:
             layer.keys, layer.values = keys, values
 
     def _run(self, ids: Tensor) -> None:
-        width, told = max(self._lengths), {}
+        width = max(self._lengths)
         mask = torch.arange(width, device=ids.device) >= width - torch.tensor(self._lengths, device=ids.device)[:, None]
-        if min(self._lengths) < width:  # of a batch without padding there is nothing to say
-            told["attention_mask"] = mask.long()
+        told: dict[str, Any] = {"attention_mask": mask.long()}
         if "position_ids" in self._accepts:
             told["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._accepts:
@@ -148,7 +147,8 @@ class Anew:
     def step(self, tokens: Sequence[int]) -> None:
         self._ids += tokens
         ids = torch.tensor([self._ids], device=self._model.device)
-        self.scores = self._model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        logits = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        self.scores = logits[:, -1].float()
 
     def keep(self, rows: Sequence[int]) -> None:
         """It is one row."""

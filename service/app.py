@@ -21,7 +21,7 @@ from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
-from service.api import batch, generation, metrics, problems
+from service.api import batch, generation, metrics, openai, problems
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
 from service.engine import EditorChanged, Engine, EngineError, Limits, NotReady, read_guard_prompts
@@ -328,6 +328,7 @@ def create_app(
     app.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
     app.include_router(router)
     app.include_router(generation.router)
+    app.include_router(openai.router)
     app.include_router(metrics.router)
     problems.install(app, EngineError, LedgerError, EditorsError)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from editors.targets import MLP_BY_FAMILY
-from service.api import batch, generation, metrics, routes
+from service.api import batch, generation, metrics, openai, routes
 from service.api.problems import STATUS_BY_CODE
 from service.settings import Settings
 
@@ -26,7 +26,7 @@ def test_names_the_error_code(code):
 
 ROUTES = [
     f"{method} {route.path}"
-    for part in (batch, generation, metrics, routes)
+    for part in (batch, generation, metrics, openai, routes)
     for route in part.router.routes
     for method in route.methods
 ]

@@ -28,6 +28,7 @@ STATUS_BY_CODE = {
     "invalid_utf8": 400,
     "not_found": 404,
     "edit_not_found": 404,
+    "model_not_found": 404,
     "method_not_allowed": 405,
     "already_rolled_back": 409,
     "edit_conflict": 409,
@@ -44,6 +45,7 @@ STATUS_BY_CODE = {
     "chat_refused": 422,
     "no_chat_template": 422,
     "unknown_label": 422,
+    "unknown_token": 422,
     "subject_not_found": 422,
     "text_too_long": 422,
     "batch_refused": 422,
@@ -76,11 +78,34 @@ UNEXPECTED = (
 _BY_STATUS = {400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def problem(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> JSONResponse:
-    """An answer that says what was wrong and what to do."""
+OPENAI = "/v1/"
+"""Below it errors have OpenAI's shape."""
+OPENAI_STATUS = {422: 400, "busy": 429}
+"""Where OpenAI's clients know another status, of a code or of all codes with that status."""
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def problem(path: str, code: str, detail: str, facts: Mapping[str, Any] | None = None) -> JSONResponse:
+    """An answer that says what was wrong and what to do, in the shape that clients of a path expect."""
     status = STATUS_BY_CODE[code]
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    if path.startswith(OPENAI):
+        return JSONResponse(openai_error(code, detail, facts), _openai_status(code), headers)
     return JSONResponse(described(code, detail, facts), status, headers, MEDIA_TYPE)
+
+
+def openai_error(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The body of such an answer as OpenAI writes it. `param` is the field that is wrong, if one is."""
+    facts, status = facts or {}, _openai_status(code)
+    kind = OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    wrong = facts.get("field") or next((each["field"] for each in facts.get("errors", ())), "")
+    param = wrong.removeprefix("body").removeprefix(".").partition(".")[0]
+    return {"error": {"message": detail, "type": kind, "param": param or None, "code": code}}
+
+
+def _openai_status(code: str) -> int:
+    status = STATUS_BY_CODE[code]
+    return OPENAI_STATUS.get(code) or OPENAI_STATUS.get(status, status)
 
 
 def described(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -125,23 +150,25 @@ def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-async def _domain(_request: Request, error: Any) -> JSONResponse:
+async def _domain(request: Request, error: Any) -> JSONResponse:
     code = error.code if error.code in STATUS_BY_CODE else "internal_error"
     if STATUS_BY_CODE[code] >= HTTPStatus.INTERNAL_SERVER_ERROR and code != "not_ready":
         logger.error("%s: %s", error.code, error)
-    return problem(code, str(error), error.facts)
+    return problem(request.url.path, code, str(error), error.facts)
 
 
-async def _invalid(_request: Request, error: Any) -> JSONResponse:
+async def _invalid(request: Request, error: Any) -> JSONResponse:
     # The input itself is left out: it may be large, and it may not even be encodable.
     errors = [
         {"field": ".".join(str(part) for part in item["loc"]), "message": _readable(item)} for item in error.errors()
     ]
     errors = [{name: text.encode(errors="replace").decode() for name, text in item.items()} for item in errors]
     if any(item["type"] == "json_invalid" for item in error.errors()):
-        return problem("malformed_body", f"the body is not JSON: {errors[0]['message']}", {"errors": errors})
+        return problem(
+            request.url.path, "malformed_body", f"the body is not JSON: {errors[0]['message']}", {"errors": errors}
+        )
     detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
-    return problem("invalid_request", detail, {"errors": errors})
+    return problem(request.url.path, "invalid_request", detail, {"errors": errors})
 
 
 def _readable(item: dict[str, Any]) -> str:
@@ -152,8 +179,8 @@ def _readable(item: dict[str, Any]) -> str:
     return str(item["msg"]).removeprefix("Value error, ")
 
 
-async def _http(_request: Request, error: Any) -> JSONResponse:
-    answer = problem(_BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
+async def _http(request: Request, error: Any) -> JSONResponse:
+    answer = problem(request.url.path, _BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
     answer.headers.update(error.headers or {})  # Allow, of a 405
     return answer
 
@@ -162,6 +189,6 @@ async def _gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)  # which nobody reads
 
 
-async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     logger.error("unexpected error", exc_info=error)
-    return problem("internal_error", UNEXPECTED)
+    return problem(request.url.path, "internal_error", UNEXPECTED)

@@ -129,9 +129,13 @@ class Engine:
         """Have prompts continued, all from one state, which the ticket names from the first event on.
 
         tell: called from another thread, with every piece of every answer as it is made.
-        Raises EmptyTextError, TextTooLong, Busy.
+        Raises EmptyTextError, TextTooLong, UnknownToken, BatchTooLarge, Busy.
         """
         return self._generator.submit([self._texts.worded(ask) for ask in asks], tell)
+
+    def text(self, prompt: str | Sequence[int]) -> str:
+        """A prompt as it reads. Raises UnknownToken."""
+        return prompt if isinstance(prompt, str) else self._texts.read(prompt)
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """What the model reads when it is asked these messages. Raises NoChatTemplate, ChatRefused."""

@@ -16,6 +16,8 @@
     ├── AlreadyRolledBack
     ├── RevisionMismatch         the caller's expected revision is not the current one
     ├── RevisionNotReached       the caller wants a revision that is not live here, or not yet
+    ├── ModelNotFound            of the models that are served none has that name
+    ├── UnknownToken             a prompt of tokens that the model does not have
     ├── GenerationFailed         the model could not go on with a text
     ├── GenerationTimeout        no place became free in time
     ├── IdempotencyKeyReused     the same key with another request
@@ -114,6 +116,14 @@ class RevisionNotReached(EngineError):
             wanted=wanted,
             revision=actual,
         )
+
+
+class ModelNotFound(EngineError):
+    code = "model_not_found"
+
+
+class UnknownToken(EngineError):
+    code = "unknown_token"
 
 
 class GenerationFailed(EngineError):

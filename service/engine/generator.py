@@ -24,7 +24,7 @@ from editors.continuation import Continuation
 from editors.stepping import Rows, Together, rows_of
 from editors.wording import Wording
 from service.engine.asking import Ask, Ended, Event, Listener, Said, Ticket, Which
-from service.engine.errors import Busy, GenerationFailed, GenerationTimeout
+from service.engine.errors import BatchTooLarge, Busy, GenerationFailed, GenerationTimeout
 from service.engine.requests import Limits, Published
 from service.engine.weights import View
 
@@ -93,17 +93,20 @@ class Generator:
         self._ends_at = float("inf")
 
     def submit(self, asks: Sequence[tuple[Ask, Sequence[int]]], tell: Listener) -> Ticket:
-        """Have prompts continued, each given with its tokens. Raises Busy.
+        """Have prompts continued, each given with its tokens. Raises BatchTooLarge, Busy.
 
         tell: called from the decoding thread, with everything in the order in which it comes to pass.
         """
+        most = self._limits.together + self._limits.waiting
+        if len(asks) > most:
+            raise BatchTooLarge(f"one request may ask for {most} texts at most; ask for fewer at once", limit=most)
         request = _Request(Ticket(len(asks), tell, time.monotonic() + self._limits.generation_s), len(asks))
         strands = [
             _Strand(request, index, ask.which, Continuation(self._wording, ids, ask.wish))
             for index, (ask, ids) in enumerate(asks)
         ]
         with self._changed:
-            if len(self._strands) + len(strands) > self._limits.together + self._limits.waiting:
+            if len(self._strands) + len(strands) > most:
                 raise Busy(
                     f"{self._limits.together} generations run and {self._limits.waiting} may wait, which leaves no "
                     f"place for {len(strands)} more; try again shortly",

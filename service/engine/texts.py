@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from editors.base_model import BaseModel
@@ -9,7 +10,7 @@ from editors.errors import EmptyTextError
 from editors.text import Tokens
 from service.engine.answers import Answers
 from service.engine.asking import Ask
-from service.engine.errors import TextTooLong
+from service.engine.errors import TextTooLong, UnknownToken
 from service.engine.requests import EditRequest, Limits
 
 
@@ -41,13 +42,14 @@ class Texts:
     def worded(self, ask: Ask) -> tuple[Ask, tuple[int, ...]]:
         """An ask with the tokens of its prompt, and with as many to follow as there is room for if it names no number.
 
-        Raises EmptyTextError, TextTooLong.
+        Raises EmptyTextError, TextTooLong, UnknownToken.
         """
         wanted = ask.wish.max_new_tokens
         if isinstance(ask.prompt, str):
             ids = self.check("prompt", ask.prompt, wanted or 1)
         else:
             ids = ask.prompt
+            self._check_tokens(ids)
             self.check_length("prompt", len(ids), wanted or 1)
         if wanted is None:
             room = self._limits.new_tokens
@@ -55,6 +57,16 @@ class Texts:
                 room = min(room, self._positions - len(ids))
             ask = replace(ask, wish=replace(ask.wish, max_new_tokens=room))
         return ask, ids
+
+    def read(self, ids: Sequence[int]) -> str:
+        """What tokens say. Raises UnknownToken."""
+        self._check_tokens(ids)
+        return self._base.tokenizer.decode(ids)
+
+    def _check_tokens(self, ids: Sequence[int]) -> None:
+        words = self._base.model.get_input_embeddings().num_embeddings
+        if not all(0 <= token < words for token in ids):
+            raise UnknownToken(f"the model's tokens are 0 to {words - 1}; send some of these, or text", field="prompt")
 
     def check(self, name: str, text: str, new_tokens: int) -> tuple[int, ...]:
         """Tokens of a prompt; refused without words, beyond the limit, or without positions for what is to follow."""
