@@ -17,23 +17,28 @@ from service.api.answering import Begin, streamed, whole
 from service.api.headers import Loaded, tag
 from service.api.openai_requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody
 from service.api.openai_views import ChatShape, Chunks, CompletionShape
+from service.api.problems import openai_responses
 from service.api.requests import NoQuery
 from service.engine import Ask, Engine, Listener, ModelNotFound, Published, TextTooLong, Ticket, Which
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 STARTED = int(time.time())
 BASE = "@base"
+ANSWERS = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    **openai_responses(400, 404, 413, 422, 429, 500, 503, 504),
+}
 NoParameters = Annotated[NoQuery, Query()]
 
 
-@router.get("/models")
+@router.get("/models", responses=openai_responses(503))
 def get_models(engine: Loaded, response: Response) -> dict[str, Any]:
     """The live model, and the untouched base."""
     tag(response, engine.published)
     return {"object": "list", "data": [_model(name) for name in _names(engine)]}
 
 
-@router.get("/models/{model:path}")
+@router.get("/models/{model:path}", responses=openai_responses(404, 422, 503))
 def get_model(model: str, engine: Loaded, response: Response) -> dict[str, Any]:
     """One of the two."""
     _which(model, engine)
@@ -41,7 +46,7 @@ def get_model(model: str, engine: Loaded, response: Response) -> dict[str, Any]:
     return _model(model)
 
 
-@router.post("/completions")
+@router.post("/completions", responses=ANSWERS)
 async def post_completion(body: CompletionBody, engine: Loaded, request: Request, _: NoParameters) -> Response:
     """Continue prompts. OpenAI's defaults: temperature 1, a random seed, 16 tokens."""
     which = _which(body.model, engine)
@@ -60,7 +65,7 @@ async def post_completion(body: CompletionBody, engine: Loaded, request: Request
     return await _answered(request, begin, body, shape, len(prompts) * choices)
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=ANSWERS)
 async def post_chat(body: ChatBody, engine: Loaded, request: Request, _: NoParameters) -> Response:
     """Answer chat messages. OpenAI's defaults: temperature 1, a random seed, as many tokens as there is room for."""
     which = _which(body.model, engine)

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service.api.views import Problem
+from service.api.views import OpenAIError, OpenAIProblem, Problem
 
 logger = logging.getLogger("mend.api")
 
@@ -100,7 +100,8 @@ def openai_error(code: str, detail: str, facts: Mapping[str, Any] | None = None)
     kind = OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     wrong = facts.get("field") or next((each["field"] for each in facts.get("errors", ())), "")
     param = wrong.removeprefix("body").removeprefix(".").partition(".")[0]
-    return {"error": {"message": detail, "type": kind, "param": param or None, "code": code}}
+    error = OpenAIError(message=detail, type=kind, param=param or None, code=code)
+    return OpenAIProblem(error=error).model_dump()
 
 
 def _openai_status(code: str) -> int:
@@ -138,6 +139,11 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         }
         for status in statuses
     }
+
+
+def openai_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: these statuses answer as OpenAI does."""
+    return {status: {"model": OpenAIProblem, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
 def install(app: FastAPI, *domain_errors: type[Exception]) -> None:

@@ -377,6 +377,19 @@ class Health(BaseModel):
     warnings: list[str] = []
 
 
+class OpenAIError(BaseModel):
+    """An error as OpenAI writes it. code: stable, and the same as of a problem. param: the field that is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIProblem(BaseModel):
+    error: OpenAIError
+
+
 class Problem(BaseModel):
     """RFC 9457. code: stable, for programs; further members are facts about this problem."""
 
