@@ -109,7 +109,7 @@ class UpperBlocks:
             cut, renamed = self._cut(model, stack, targets)
             self.cached = True
             self._use(cut, renamed)
-            agrees = _close(self._probe(), expected)
+            agrees = close(self._probe(), expected)
             self.why_not = "" if agrees else "cut down to its upper blocks, it says something else"
         except Exception as error:  # whatever an unknown architecture makes of being cut
             self.why_not = f"it cannot be cut down to its upper blocks ({error})"
@@ -262,7 +262,7 @@ def _reads(target: Target, calls: list[Any], probes: Sequence[Tokens]) -> str:
     )
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def close(one: Tensor, other: Tensor) -> bool:
     """Equal up to what rounding may do. Wrong positions or masks change logits by far more."""
     tolerance = torch.finfo(other.dtype).eps ** 0.5 * other.abs().max()
     return torch.equal(one.isfinite(), other.isfinite()) and bool(((one - other).abs() <= tolerance).all())

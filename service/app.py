@@ -23,7 +23,7 @@ from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
-from service.api import batch, metrics, problems, rollbacks
+from service.api import batch, generation, metrics, openai, problems, rollbacks
 from service.api.access_log import AccessMiddleware
 from service.api.limits import LimitsMiddleware
 from service.api.routes import router
@@ -75,6 +75,9 @@ def opened(settings: Settings, telemetry: Telemetry | None = None) -> Iterator[t
         answer_tokens=settings.answer_tokens,
         guard_budget=settings.guard_budget,
         batch_edits=settings.max_batch,
+        together=settings.max_generations,
+        waiting=settings.max_queue,
+        generation_s=settings.generate_timeout_s,
     )
     with ExitStack() as stack:
         embedded = None
@@ -170,6 +173,11 @@ class Service:
         for thread in (self._housekeeper, self._expirer):
             if thread.ident is not None:
                 thread.join()
+
+    def drain(self, within_s: float) -> None:
+        """Let what is being generated end by then, since the service stops."""
+        if self._engine is not None:
+            self._engine.end_generations(within_s)
 
     @property
     def engine(self) -> Engine | None:
@@ -372,6 +380,8 @@ def create_app(
     app.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
     app.include_router(router)
     app.include_router(rollbacks.router)
+    app.include_router(generation.router)
+    app.include_router(openai.router)
     app.include_router(metrics.router)
     problems.install(app, EngineError, LedgerError, EditorsError)
 

@@ -55,6 +55,11 @@ class Settings(BaseSettings):
     max_prompt_tokens: int = Field(1024, ge=1, description="Longest prompt, in tokens.")
     max_correction_tokens: int = Field(64, ge=1, description="Longest correction, in tokens.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens that one request may generate.")
+    max_generations: int = Field(
+        16, ge=1, description="Generations that are decoded at once; 1 for nothing beside each other."
+    )
+    max_queue: int = Field(64, ge=0, description="Generations that wait for a place.")
+    generate_timeout_s: float = Field(120, gt=0, description="Seconds that a generation may take, waiting included.")
     max_batch: int = Field(5000, ge=1, description="Most edits of one batch.")
     log_format: Literal["text", "json"] = Field("text", description="Of the log on stderr: text or json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -126,21 +126,17 @@ class Telemetry:
         span = self.tracer.start_span(name, attributes=_named(attributes))
         return Step(name, span, self._step_seconds.labels(name))
 
-    @contextmanager
-    def generation(self, view: str) -> Iterator[Count[str]]:
-        """A generation on a view. Yields what is to be told its numbers of tokens, `prompt` and `completion`."""
-        tokens: Count[str] = Count()
-        span = self.tracer.start_span("generate", attributes=_named({"view": view}))
-        with (
-            self._generations.track_inprogress(),
-            self._generation_seconds.labels(view).time(),
-            # Of an error only the kind is traced: its words may be those of a prompt.
-            trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False),
-        ):
-            yield tokens
-            for kind, number in tokens.items():
-                self._tokens.labels(kind, view).inc(number)
-                span.set_attribute(f"mend.{kind}_tokens", number)
+    def generation(self, view: str) -> Generating:
+        """Begin a generation on a view, in the span of the request that wants it."""
+        self._generations.inc()
+        return Generating(self, view, self.tracer.start_span("generate", attributes=_named({"view": view})))
+
+    def generated(self, view: str, seconds: float, tokens: Mapping[str, int]) -> None:
+        """A generation has ended, however it did."""
+        self._generations.dec()
+        self._generation_seconds.labels(view).observe(seconds)
+        for kind, number in tokens.items():
+            self._tokens.labels(kind, view).inc(number)
 
     # HTTP
 
@@ -152,6 +148,27 @@ class Telemetry:
     def problem(self, code: str) -> None:
         """A problem was answered."""
         self._problems.labels(code).inc()
+
+
+@dataclass
+class Generating:
+    """A generation under way, which may end in another thread than it began in."""
+
+    telemetry: Telemetry
+    view: str
+    span: Span
+    begun_at: float = field(default_factory=time.perf_counter)
+
+    def end(self, prompt_tokens: int, completion_tokens: int, error: str | None = None) -> None:
+        """error: the code of what ended it, if it is one. Its words may be those of a prompt."""
+        tokens = {"prompt": prompt_tokens, "completion": completion_tokens}
+        self.telemetry.generated(self.view, time.perf_counter() - self.begun_at, tokens)
+        for kind, number in tokens.items():
+            self.span.set_attribute(f"mend.{kind}_tokens", number)
+        if error is not None:
+            self.span.set_attribute("error.type", error)
+            self.span.set_status(StatusCode.ERROR)
+        self.span.end()
 
 
 @dataclass

@@ -61,7 +61,7 @@ class AccessMiddleware:
                 if exchange.left and isinstance(error, ClientDisconnect | OSError):
                     return
                 logger.error("unexpected error", exc_info=error)
-                await problem("internal_error", UNEXPECTED)(scope, receive, exchange.send)
+                await problem(scope["path"], "internal_error", UNEXPECTED)(scope, receive, exchange.send)
             finally:
                 exchange.end()
 

@@ -12,25 +12,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from queue import SimpleQueue
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Writable, expected_revision, tag, time_it
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
-from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of
+from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of, validated
 from service.api.views import BatchItem, BatchSummary, BatchView, Pending
 from service.api.waiting import Waited
 from service.engine import BatchOutcome, Tell
 
 JSON, JSON_LINES = "application/json", "application/x-ndjson"
 EDITS = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/EditBody"}}
-Body = TypeVar("Body", bound=BaseModel)
 
 router = APIRouter()
 
@@ -55,13 +53,13 @@ Lines = Annotated[bool, Depends(is_lines)]
 def batch_edits(raw: Annotated[bytes, Depends(raw_body)], lines: Lines) -> list[EditBody]:
     """The edits of a body. Raises HTTPException or RequestValidationError, which name the line or the edit."""
     if not lines:
-        return _valid(BatchBody, _parsed(raw, "the body"), "body").edits
+        return validated(BatchBody, _parsed(raw, "the body"), "body").edits
     edits = [
-        _valid(EditBody, _parsed(line, f"line {number}"), "line", number)
+        validated(EditBody, _parsed(line, f"line {number}"), "line", number)
         for number, line in enumerate(raw.split(b"\n"), 1)
         if line.strip()
     ]
-    return _valid(BatchBody, {"edits": edits}, "body").edits
+    return validated(BatchBody, {"edits": edits}, "body").edits
 
 
 def _parsed(raw: bytes, what: str) -> Any:
@@ -69,13 +67,6 @@ def _parsed(raw: bytes, what: str) -> Any:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:  # the former of bad UTF-8 and of endless numbers too
         raise HTTPException(400, f"{what} is not JSON: {error}") from error
-
-
-def _valid(kind: type[Body], data: Any, *where: str | int) -> Body:
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise RequestValidationError([{**each, "loc": (*where, *each["loc"])} for each in error.errors()]) from error
 
 
 @router.post(

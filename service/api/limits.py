@@ -34,13 +34,13 @@ class LimitsMiddleware:
         try:
             unquote_to_bytes(scope.get("query_string", b"")).decode()
         except UnicodeDecodeError as error:
-            answer = problem("invalid_utf8", f"the query string is not UTF-8 at byte {error.start}")
+            answer = problem(scope["path"], "invalid_utf8", f"the query string is not UTF-8 at byte {error.start}")
             await answer(scope, receive, send)
             return
         limit = self._batch_bytes if scope["path"] == BATCH_PATH else MAX_BODY_BYTES
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
-            answer = problem("body_too_large", f"the body may have {limit} bytes at most")
+            answer = problem(scope["path"], "body_too_large", f"the body may have {limit} bytes at most")
             await answer(scope, receive, send)
             return
         received = 0

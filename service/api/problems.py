@@ -11,14 +11,15 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from structlog.contextvars import get_contextvars
 
 from service.api.templates import Templates
-from service.api.views import Problem
+from service.api.views import OpenAIError, OpenAIProblem, Problem
 
 logger = logging.getLogger("mend.api")
 
@@ -32,6 +33,7 @@ STATUS_BY_CODE = {
     "edit_not_found": 404,
     "revision_not_found": 404,
     "tag_not_found": 404,
+    "model_not_found": 404,
     "method_not_allowed": 405,
     "already_rolled_back": 409,
     "edit_conflict": 409,
@@ -52,6 +54,7 @@ STATUS_BY_CODE = {
     "chat_refused": 422,
     "no_chat_template": 422,
     "unknown_label": 422,
+    "unknown_token": 422,
     "subject_not_found": 422,
     "text_too_long": 422,
     "batch_refused": 422,
@@ -61,6 +64,7 @@ STATUS_BY_CODE = {
     "idempotency_key_reused": 422,
     "entry_invalid": 422,
     "state_overflow": 422,
+    "generation_failed": 500,
     "internal_error": 500,
     "busy": 503,
     "factors_missing": 503,
@@ -70,6 +74,7 @@ STATUS_BY_CODE = {
     "ledger_unavailable": 503,
     "outcome_unknown": 503,
     "not_ready": 503,
+    "generation_timeout": 504,
     "export_unwritable": 507,
 }
 """Every code that a client can meet, with its status."""
@@ -83,18 +88,42 @@ _codes: ContextVar[list[str]] = ContextVar("codes")
 _BY_STATUS = {400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
+OPENAI = "/v1/"
+"""Below it errors have OpenAI's shape."""
+OPENAI_STATUS = {422: 400, "busy": 429}
+"""Where OpenAI's clients know another status, of a code or of all codes with that status."""
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
 def told_codes() -> list[str]:
     """Where the codes of the problems are put that are told from here on, in this context."""
     _codes.set([])
     return _codes.get()
 
 
-def problem(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> JSONResponse:
-    """An answer that says what was wrong and what to do."""
+def problem(path: str, code: str, detail: str, facts: Mapping[str, Any] | None = None) -> JSONResponse:
+    """An answer that says what was wrong and what to do, in the shape that clients of a path expect."""
     status = STATUS_BY_CODE[code]
     later = status == HTTPStatus.SERVICE_UNAVAILABLE or code == "request_in_flight"
     headers = {"Retry-After": str(RETRY_AFTER_S)} if later else None
+    if path.startswith(OPENAI):
+        return JSONResponse(openai_error(code, detail, facts), _openai_status(code), headers)
     return JSONResponse(described(code, detail, facts), status, headers, MEDIA_TYPE)
+
+
+def openai_error(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The body of such an answer as OpenAI writes it. `param` is the field that is wrong, if one is."""
+    facts, status = facts or {}, _openai_status(code)
+    kind = OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    wrong = facts.get("field") or next((each["field"] for each in facts.get("errors", ())), "")
+    param = wrong.removeprefix("body").removeprefix(".").partition(".")[0]
+    error = OpenAIError(message=detail, type=kind, param=param or None, code=code)
+    return OpenAIProblem(error=error).model_dump()
+
+
+def _openai_status(code: str) -> int:
+    status = STATUS_BY_CODE[code]
+    return OPENAI_STATUS.get(code) or OPENAI_STATUS.get(status, status)
 
 
 def described(code: str, detail: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -131,6 +160,11 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def openai_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: these statuses answer as OpenAI does."""
+    return {status: {"model": OpenAIProblem, "description": HTTPStatus(status).phrase} for status in statuses}
+
+
 def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
     """Answer errors of the app as problems. domain_errors: bases of errors with `code` and `facts`.
 
@@ -140,25 +174,28 @@ def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
         app.add_exception_handler(error_type, _domain)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
 
 
-async def _domain(_request: Request, error: Any) -> JSONResponse:
+async def _domain(request: Request, error: Any) -> JSONResponse:
     code = error.code if error.code in STATUS_BY_CODE else "internal_error"
     if STATUS_BY_CODE[code] >= HTTPStatus.INTERNAL_SERVER_ERROR and code != "not_ready":
         logger.error("%s: %s", error.code, error)
-    return problem(code, str(error), error.facts)
+    return problem(request.url.path, code, str(error), error.facts)
 
 
-async def _invalid(_request: Request, error: Any) -> JSONResponse:
+async def _invalid(request: Request, error: Any) -> JSONResponse:
     # The input itself is left out: it may be large, and it may not even be encodable.
     errors = [
         {"field": ".".join(str(part) for part in item["loc"]), "message": _readable(item)} for item in error.errors()
     ]
     errors = [{name: text.encode(errors="replace").decode() for name, text in item.items()} for item in errors]
     if any(item["type"] == "json_invalid" for item in error.errors()):
-        return problem("malformed_body", f"the body is not JSON: {errors[0]['message']}", {"errors": errors})
+        return problem(
+            request.url.path, "malformed_body", f"the body is not JSON: {errors[0]['message']}", {"errors": errors}
+        )
     detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
-    return problem("invalid_request", detail, {"errors": errors})
+    return problem(request.url.path, "invalid_request", detail, {"errors": errors})
 
 
 def _readable(item: dict[str, Any]) -> str:
@@ -170,8 +207,12 @@ def _readable(item: dict[str, Any]) -> str:
 
 
 async def _http(request: Request, error: Any) -> JSONResponse:
-    answer = problem(_BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
+    answer = problem(request.url.path, _BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
     answer.headers.update(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # starlette names the methods of the first route alone
         answer.headers["Allow"] = ", ".join(Templates(request.app.routes).methods(request.url.path))
     return answer
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # which nobody reads

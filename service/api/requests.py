@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import Path
+from fastapi.exceptions import RequestValidationError
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -49,13 +51,15 @@ def _children(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _not_blank(value: str) -> str:
+def not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be empty or only white space")
     return value
 
 
-class _Request(BaseModel):
+class StrictRequest(BaseModel):
+    """Unknown fields are refused, and so is text that is not Unicode."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -65,9 +69,18 @@ class _Request(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Body = TypeVar("Body", bound=BaseModel)
 
 
-class MessageBody(_Request):
+def validated(kind: type[Body], data: Any, *where: str | int) -> Body:
+    """What the framework does with a body, for one that it did not read. Raises RequestValidationError."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": (*where, *each["loc"])} for each in error.errors()]) from error
+
+
+class MessageBody(StrictRequest):
     """One turn of a conversation."""
 
     role: Role
@@ -80,7 +93,7 @@ class MessageBody(_Request):
 Messages = Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class EditBody(_Request):
+class EditBody(StrictRequest):
     """A correction. The model should answer `prompt`, or the last of `messages`, with `correction`."""
 
     prompt: Text | None = Field(
@@ -109,7 +122,7 @@ class EditBody(_Request):
     @field_validator("prompt", "correction", "subject")
     @classmethod
     def _text_is_not_blank(cls, value: str | None) -> str | None:
-        return value if value is None else _not_blank(value)
+        return value if value is None else not_blank(value)
 
     @model_validator(mode="after")
     def _asks_in_one_way(self) -> Self:
@@ -127,7 +140,7 @@ class EditBody(_Request):
     @field_validator("paraphrases", "keep")
     @classmethod
     def _texts_are_not_blank(cls, value: list[str]) -> list[str]:
-        return [_not_blank(text) for text in value]
+        return [not_blank(text) for text in value]
 
     @field_validator("expires_at", mode="before")
     @classmethod
@@ -192,7 +205,7 @@ def digest_of(*parts: BaseModel) -> str:
     return hashlib.sha256("\n".join(part.model_dump_json(exclude_defaults=True) for part in parts).encode()).hexdigest()
 
 
-class EditQuery(_Request):
+class EditQuery(StrictRequest):
     """How to treat a correction."""
 
     dry_run: bool = Field(False, description="Stage and judge, but do not commit.")
@@ -211,7 +224,7 @@ class EditQuery(_Request):
     )
 
 
-class BatchBody(_Request):
+class BatchBody(StrictRequest):
     """Corrections that are made together."""
 
     edits: list[EditBody] = Field(min_length=1)
@@ -233,7 +246,7 @@ def note_of(actor: str | None, idempotency_key: str | None, reason: str | None, 
     return Note(actor, reason, idempotency_key, f"{kind}:{digest}" if idempotency_key else None)
 
 
-class DryRunQuery(_Request):
+class DryRunQuery(StrictRequest):
     """Whether to do it."""
 
     dry_run: bool = Field(False, description="Show what would change, but do not change it.")
@@ -245,7 +258,7 @@ class RollbackQuery(DryRunQuery):
     reason: Reason = None
 
 
-class RestoreBody(_Request):
+class RestoreBody(StrictRequest):
     """Where to go back to: a revision, or one by its tag."""
 
     revision: int | None = Field(None, ge=0, lt=2**53, strict=True, description="0 is the base, without any edit.")
@@ -263,7 +276,7 @@ class RestoreBody(_Request):
         return self.revision if self.tag is None else self.tag
 
 
-class ReasonBody(_Request):
+class ReasonBody(StrictRequest):
     """What to remember of it."""
 
     reason: Reason = None
@@ -275,7 +288,7 @@ class TagBody(ReasonBody):
     revision: int | None = Field(None, ge=0, lt=2**53, strict=True, description="Without it, the live one.")
 
 
-class ReasonQuery(_Request):
+class ReasonQuery(StrictRequest):
     """What to remember of it."""
 
     reason: Reason = None
@@ -297,35 +310,17 @@ TagName = Annotated[
 ]
 
 
-class RevisionQuery(_Request):
+class RevisionQuery(StrictRequest):
     """How far to look."""
 
     verify: bool = Field(False, description="Work the weights out anew and compare them with those in memory.")
 
 
-class NoQuery(_Request):
+class NoQuery(StrictRequest):
     """For a route whose fields are in its body: one that is misplaced in the URL is refused, not ignored."""
 
 
-class GenerateQuery(_Request):
-    """A prompt to continue. Greedy unless a temperature is given."""
-
-    prompt: Text
-    max_new_tokens: int = Field(32, ge=1)
-    temperature: float = Field(0.0, ge=0, le=10)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    view: Literal["live", "base", "both"] = "live"
-    min_revision: int | None = Field(None, ge=0, lt=2**53, description="Answer from this revision, or a later one.")
-    wait_ms: int = Field(2000, ge=0, le=60_000, description="How long to wait until that is live here.")
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_is_not_blank(cls, value: str) -> str:
-        return _not_blank(value)
-
-
-class EditsQuery(_Request):
+class EditsQuery(StrictRequest):
     """Which edits to list, newest first."""
 
     status: Literal["applied", "superseded", "rolled_back"] | None = None
@@ -334,13 +329,13 @@ class EditsQuery(_Request):
     cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
 
 
-class AuditQuery(_Request):
+class AuditQuery(StrictRequest):
     """Whether to look again."""
 
     fresh: bool = Field(False, description="Take an audit now, not the one that was taken last.")
 
 
-class ExportQuery(_Request):
+class ExportQuery(StrictRequest):
     """In which form to take the active edits elsewhere."""
 
     format: ExportFormat

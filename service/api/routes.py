@@ -16,8 +16,6 @@ from service.api.requests import (
     EditQuery,
     EditsQuery,
     ExportQuery,
-    GenerateQuery,
-    NoQuery,
     RevisionQuery,
     RollbackQuery,
     digest_of,
@@ -32,20 +30,14 @@ from service.api.views import (
     EditorView,
     EditPage,
     EditView,
-    GenerateBothView,
-    GenerateView,
     Health,
     ModelView,
-    OneView,
     Pending,
     RevisionView,
-    Usage,
 )
 from service.api.waiting import Waited
-from service.engine import Engine, Published, Sampling, TextTooLong
 
 router = APIRouter()
-MIN_TEMPERATURE = 1e-6
 
 
 @router.post(
@@ -151,51 +143,6 @@ def delete_edit(
     done = engine.rollback(edit_id, note, expected_revision=expected_revision(if_match, engine), dry_run=query.dry_run)
     tag(response, done.revision)
     return RollbackView.of(done, engine.history.find(edit_id))
-
-
-@router.get("/generate", responses=responses(400, 412, 422, 503))
-def get_generate(
-    query: Annotated[GenerateQuery, Query()], engine: Loaded, response: Response
-) -> GenerateView | GenerateBothView:
-    """Continue a prompt with the live model, the base, or both side by side."""
-    return _generate(query, engine, response)
-
-
-@router.post("/generate", responses=responses(400, 412, 413, 422, 503))
-def post_generate(
-    query: GenerateQuery, engine: Loaded, response: Response, _: Annotated[NoQuery, Query()]
-) -> GenerateView | GenerateBothView:
-    """The same for prompts that are too long for a URL."""
-    return _generate(query, engine, response)
-
-
-def _generate(query: GenerateQuery, engine: Engine, response: Response) -> GenerateView | GenerateBothView:
-    if query.min_revision is not None:
-        engine.require(query.min_revision, query.wait_ms / 1000)
-    limit = engine.limits.new_tokens
-    if query.max_new_tokens > limit:
-        raise TextTooLong(f"max_new_tokens may be {limit} at most", field="max_new_tokens", limit=limit)
-    # So close to 0 that dividing by it would overflow, sampling is greedy decoding.
-    greedy = query.temperature < MIN_TEMPERATURE
-    sampling = None if greedy else Sampling(query.temperature, query.top_p, query.seed)
-
-    def one(view: str) -> tuple[OneView, Published]:
-        said, published = engine.generate(query.prompt, query.max_new_tokens, view, sampling)
-        usage = Usage(
-            prompt_tokens=said.prompt_tokens,
-            completion_tokens=said.completion_tokens,
-            total_tokens=said.prompt_tokens + said.completion_tokens,
-        )
-        return OneView(text=said.text, finish_reason=said.finish_reason, usage=usage), published
-
-    if query.view == "both":
-        live, published = one("live")
-        base, _ = one("base")
-        tag(response, published)
-        return GenerateBothView(live=live, base=base, revision=published.revision)
-    answer, published = one(query.view)
-    tag(response, published)
-    return GenerateView(view=query.view, revision=published.revision, **answer.model_dump())
 
 
 @router.get("/model", responses=responses(503))

@@ -330,35 +330,6 @@ class EditPage(BaseModel):
     next_cursor: str | None
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class GenerateView(BaseModel):
-    """text: the continuation alone. revision: of the state that produced it."""
-
-    text: str
-    revision: int
-    view: Literal["live", "base"]
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
-
-
-class OneView(BaseModel):
-    text: str
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
-
-
-class GenerateBothView(BaseModel):
-    live: OneView
-    base: OneView
-    view: Literal["both"] = "both"
-    revision: int
-
-
 class BaseModelView(BaseModel):
     ref: str
     kind: Literal["decoder", "encoder-decoder", "classifier"]
@@ -432,6 +403,19 @@ class Health(BaseModel):
     status: Literal["ok", "ready", "not_ready"]
     checks: dict[str, str] = {}
     warnings: list[str] = []
+
+
+class OpenAIError(BaseModel):
+    """An error as OpenAI writes it. code: stable, and the same as of a problem. param: the field that is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIProblem(BaseModel):
+    error: OpenAIError
 
 
 class Problem(BaseModel):

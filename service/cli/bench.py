@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,6 +78,9 @@ def bench(
     replay: Annotated[
         int | None, typer.Option(min=10, help="Measure instead how long a ledger of so many entries takes to replay.")
     ] = None,
+    generations: Annotated[
+        int | None, typer.Option(min=1, help="Measure instead up to so many generations at once, by three ways.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
     """Measure each step of an edit, a rollback and a restart, as ratios to one forward pass over a prompt."""
@@ -106,6 +109,14 @@ def bench(
         closing(RedisLedger.connect(redis.url, "bench")) as ledger,
     ):
         engine = _engine(base, checkpoint, ledger)
+        if generations:
+            from service.cli.bench_generations import measure_generations
+
+            table, rows = measure_generations(engine, generations, rounds)
+            typer.echo(table)
+            if report:
+                report.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+            return
         if replay:
             from service.cli.filling import fill
 

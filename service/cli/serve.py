@@ -19,7 +19,7 @@ from service.settings import Settings
 
 logger = logging.getLogger("mend")
 
-DRAIN_S = 30
+DRAIN_S, GENERATIONS_END_WITHIN_S = 30, 25
 EXAMPLE_PROMPT = "The Prime Minister of the United Kingdom is"
 EXAMPLE_CORRECTION = "Keir Starmer"
 
@@ -83,6 +83,7 @@ def _serve(settings: Settings) -> None:
                 # Whatever an edit was doing: it is in the ledger or it is not. Our Redis ends when we are gone.
                 os._exit(128 + sig)
             self.asked = True
+            app.state.service.drain(GENERATIONS_END_WITHIN_S)
             say("stopping when all requests are answered; a second signal stops at once")
             super().handle_exit(sig, frame)
 

@@ -1,6 +1,8 @@
 """The engine: stage, judge, commit, publish; roll back; replay."""
 
-from editors.decoding import Sampling
+from editors.continuation import FinishReason, Scored, Wish
+from editors.sampling import Sampling
+from service.engine.asking import Ask, Ended, Event, Listener, Said, Ticket, Which
 from service.engine.audit import Audit
 from service.engine.batch import Tell
 from service.engine.batch_items import BatchOutcome, ItemStatus
@@ -10,6 +12,7 @@ from service.engine.errors import (
     AlreadyRolledBack,
     BatchRefused,
     BatchTooLarge,
+    Busy,
     DidNotTake,
     DrawdownExceeded,
     EditConflict,
@@ -17,7 +20,10 @@ from service.engine.errors import (
     EditorChanged,
     EditRefused,
     EngineError,
+    GenerationFailed,
+    GenerationTimeout,
     IdempotencyKeyReused,
+    ModelNotFound,
     NotReady,
     RevisionMismatch,
     StateFull,
@@ -31,10 +37,12 @@ from service.engine.rollbacks import Reversal
 
 __all__ = [
     "AlreadyRolledBack",
+    "Ask",
     "Audit",
     "BatchOutcome",
     "BatchRefused",
     "BatchTooLarge",
+    "Busy",
     "Capacity",
     "CheckForm",
     "DidNotTake",
@@ -45,11 +53,18 @@ __all__ = [
     "EditRefused",
     "EditRequest",
     "EditorChanged",
+    "Ended",
     "Engine",
     "EngineError",
+    "Event",
+    "FinishReason",
+    "GenerationFailed",
+    "GenerationTimeout",
     "IdempotencyKeyReused",
     "ItemStatus",
     "Limits",
+    "Listener",
+    "ModelNotFound",
     "NotReady",
     "Note",
     "OnConflict",
@@ -57,10 +72,15 @@ __all__ = [
     "Published",
     "Reversal",
     "RevisionMismatch",
+    "Said",
     "Sampling",
+    "Scored",
     "StateFull",
     "Tell",
     "TextTooLong",
+    "Ticket",
+    "Which",
+    "Wish",
     "WouldBreakEdits",
     "read_guard_prompts",
 ]

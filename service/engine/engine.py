@@ -12,14 +12,19 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from editors.base_model import BaseModel
+from editors.chat import Message, chat_prompt
 from editors.checkpoint import Checkpoint
-from editors.decoding import Generation, Sampling, generate
+from editors.continuation import Wish
+from editors.decoding import Generation
 from editors.errors import EditorsError, EmptyTextError
 from editors.formats import ExportFormat
+from editors.sampling import Sampling
 from service.engine.answers import Answers
+from service.engine.asking import Ask, Ended, Event, Listener, Ticket, Which
 from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell
 from service.engine.batch_items import BatchOutcome, Item, made_batch
@@ -35,6 +40,7 @@ from service.engine.errors import (
     TextTooLong,
 )
 from service.engine.export import Snapshot, write_export
+from service.engine.generator import Generator
 from service.engine.guard import Guard
 from service.engine.held import HeldEdits
 from service.engine.history import Edit, History
@@ -51,7 +57,6 @@ from service.engine.workshop import Workshop
 from service.ledger import Compacted, LedgerConflict, RedisLedger, Restored, RolledBack, Tagged
 from service.telemetry import Kind, Telemetry
 
-Which = Literal["live", "base"]
 Changed = TypeVar("Changed")
 MAX_RACES = 10
 """How often an edit is judged again because another writer was first."""
@@ -84,6 +89,7 @@ class Engine:
         held, guard = HeldEdits(base, answers), Guard(base, self.weights.pristine.upper, guard_prompts)
         self._auditor = Auditor(self.weights, self.history, held)
         self._texts = Texts(base, answers, self.limits)
+        self._generator = Generator(base, self.weights.reading, self.limits, self._telemetry)
         self._journal = Journal(ledger, self.history, self.weights, self._telemetry)
         self._workshop = Workshop(
             base,
@@ -114,12 +120,37 @@ class Engine:
         self, prompt: str, max_new_tokens: int, which: Which = "live", sampling: Sampling | None = None
     ) -> tuple[Generation, Published]:
         """Continue a prompt on one view; the answer comes from exactly the state that is returned with it."""
-        self._texts.check("prompt", prompt, max_new_tokens)
-        with self._telemetry.generation(which) as tokens, self.weights.reading() as (live, published):
-            model = live.model if which == "live" else self.base.model
-            said = generate(model, self.base.tokenizer, prompt, max_new_tokens, sampling)
-            tokens.update(prompt=said.prompt_tokens, completion=said.completion_tokens)
-            return said, published
+        events: SimpleQueue[Event] = SimpleQueue()
+        ticket = self.begin([Ask(prompt, Wish(max_new_tokens, sampling or Sampling()), which)], events.put)
+        text = ""
+        while not isinstance(event := events.get(), Ended):
+            if isinstance(event, Exception):
+                raise event
+            text += event.piece.text
+        return (
+            Generation(text, event.finish_reason, event.prompt_tokens, event.completion_tokens),
+            ticket.published,
+        )
+
+    def begin(self, asks: Sequence[Ask], tell: Listener) -> Ticket:
+        """Have prompts continued, all from one state, which the ticket names from the first event on.
+
+        tell: called from another thread, with every piece of every answer as it is made.
+        Raises EmptyTextError, TextTooLong, UnknownToken, BatchTooLarge, Busy.
+        """
+        return self._generator.submit([self._texts.worded(ask) for ask in asks], tell)
+
+    def text(self, prompt: str | Sequence[int]) -> str:
+        """A prompt as it reads. Raises UnknownToken."""
+        return prompt if isinstance(prompt, str) else self._texts.read(prompt)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """What the model reads when it is asked these messages. Raises NoChatTemplate, ChatRefused."""
+        return chat_prompt(self.base.tokenizer, messages)
+
+    def end_generations(self, within_s: float) -> None:
+        """Let every generation end by then with what it has said, since the service stops."""
+        self._generator.end_within(within_s)
 
     def export(self, format: ExportFormat, folder: Path) -> dict[str, Any]:
         """Write what is live now into an empty folder; returns its index, which names the revision and the state.

@@ -22,6 +22,10 @@
     ├── KillSwitchEngaged        no change is made until it is released, and none that is under way goes on
     ├── RevisionMismatch         the caller's expected revision is not the current one
     ├── RevisionNotReached       the caller wants a revision that is not live here, or not yet
+    ├── ModelNotFound            of the models that are served none has that name
+    ├── UnknownToken             a prompt of tokens that the model does not have
+    ├── GenerationFailed         the model could not go on with a text
+    ├── GenerationTimeout        no place became free in time
     ├── IdempotencyKeyReused     the same key with another request
     ├── RequestInFlight          the same request is being worked on
     ├── TextTooLong
@@ -143,6 +147,22 @@ class RevisionNotReached(EngineError):
             wanted=wanted,
             revision=actual,
         )
+
+
+class ModelNotFound(EngineError):
+    code = "model_not_found"
+
+
+class UnknownToken(EngineError):
+    code = "unknown_token"
+
+
+class GenerationFailed(EngineError):
+    code = "generation_failed"
+
+
+class GenerationTimeout(EngineError):
+    code = "generation_timeout"
 
 
 class IdempotencyKeyReused(EngineError):

@@ -19,7 +19,8 @@ OnConflict = Literal["refuse", "supersede", "keep"]
 class Limits:
     """Bounds on what one request may ask for, in tokens. guard_budget: largest drawdown, 0 to 1.
 
-    batch_edits: most edits of one batch.
+    batch_edits: most edits of one batch. together, waiting: generations that are decoded at once, and that wait.
+    generation_s: seconds that a generation may take, waiting included.
     """
 
     batch_edits: int = 5000
@@ -28,6 +29,9 @@ class Limits:
     new_tokens: int = 512
     answer_tokens: int = 16
     guard_budget: float = 0.3
+    together: int = 16
+    waiting: int = 64
+    generation_s: float = 120.0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from editors.base_model import BaseModel
@@ -9,7 +10,8 @@ from editors.chat import Message, chat_prompt
 from editors.errors import EmptyTextError
 from editors.text import Tokens
 from service.engine.answers import Answers
-from service.engine.errors import TextTooLong
+from service.engine.asking import Ask
+from service.engine.errors import TextTooLong, UnknownToken
 from service.engine.requests import CheckForm, EditRequest, Limits
 
 
@@ -60,11 +62,45 @@ class Texts:
             return request
         return replace(request, prompt=chat_prompt(self._base.tokenizer, request.messages))
 
-    def check(self, name: str, text: str, new_tokens: int) -> None:
-        """Refuse a prompt without words, beyond the limit, or that leaves no positions for what is to follow it."""
+    def worded(self, ask: Ask) -> tuple[Ask, tuple[int, ...]]:
+        """An ask with the tokens of its prompt, and with as many to follow as there is room for if it names no number.
+
+        Raises EmptyTextError, TextTooLong, UnknownToken.
+        """
+        wanted = ask.wish.max_new_tokens
+        if isinstance(ask.prompt, str):
+            ids = self.check("prompt", ask.prompt, wanted or 1)
+        else:
+            ids = ask.prompt
+            self._check_tokens(ids)
+            self.check_length("prompt", len(ids), wanted or 1)
+        if wanted is None:
+            room = self._limits.new_tokens
+            if self._positions is not None and self._base.kind == "decoder":
+                room = min(room, self._positions - len(ids))
+            ask = replace(ask, wish=replace(ask.wish, max_new_tokens=room))
+        return ask, ids
+
+    def read(self, ids: Sequence[int]) -> str:
+        """What tokens say. Raises UnknownToken."""
+        self._check_tokens(ids)
+        return self._base.tokenizer.decode(ids)
+
+    def _check_tokens(self, ids: Sequence[int]) -> None:
+        words = self._base.model.get_input_embeddings().num_embeddings
+        if not all(0 <= token < words for token in ids):
+            raise UnknownToken(f"the model's tokens are 0 to {words - 1}; send some of these, or text", field="prompt")
+
+    def check(self, name: str, text: str, new_tokens: int) -> tuple[int, ...]:
+        """Tokens of a prompt; refused without words, beyond the limit, or without positions for what is to follow."""
         if not text.strip():
             raise EmptyTextError(f"{name} is empty; give it some words", field=name)
-        tokens = len(self._base.encode(text).prompt)
+        ids = self._base.encode(text).prompt
+        self.check_length(name, len(ids), new_tokens)
+        return ids
+
+    def check_length(self, name: str, tokens: int, new_tokens: int) -> None:
+        """Refuse a prompt of so many tokens, with so many to follow it, beyond the limit or the model's positions."""
         if tokens > self._limits.prompt_tokens:
             raise TextTooLong(
                 f"{name} has {tokens} tokens, more than {self._limits.prompt_tokens}; shorten it",

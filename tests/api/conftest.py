@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from socket import create_server
 
+import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from opentelemetry.trace import TracerProvider
 
@@ -79,6 +84,49 @@ def serve(folders: Folders) -> Serve:
 def shared(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     with serve(tmp_path_factory.mktemp("data")) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def listening(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, FastAPI]]:
+    """The URL of an application on a real socket, and the application. Its limits are small, and no test edits it."""
+    settings = Settings(
+        **folders.settings(tmp_path_factory.mktemp("data")), max_generations=4, max_queue=2, max_new_tokens=200
+    )
+    with on_socket(create_app(settings)) as (url, app, _server):
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        yield url, app
+
+
+@contextmanager
+def on_socket(app: FastAPI) -> Iterator[tuple[str, FastAPI, uvicorn.Server]]:
+    """Serve an application as `mend serve` does, in a thread of its own."""
+    socket = create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}", app, server
+    finally:
+        server.should_exit = True
+        thread.join()
+        socket.close()
+
+
+@contextmanager
+def slowed(engine: Engine, seconds: float = 0.02) -> Iterator[list[int]]:
+    """Every pass of the live model takes a while. The rows of each pass are noted."""
+    rows: list[int] = []
+
+    def slow(_module: object, _args: object, told: dict, _output: object) -> None:
+        rows.append(len(told["input_ids"]))
+        time.sleep(seconds)
+
+    handle = engine.weights.live.model.register_forward_hook(slow, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 @pytest.fixture

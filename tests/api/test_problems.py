@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 import editors
 import service
 from editors.errors import EditorsError
+from service.api import generation, openai
 from service.api.problems import MEDIA_TYPE, STATUS_BY_CODE
 from service.api.routes import router
 from service.app import create_app
@@ -74,7 +75,7 @@ def openapi() -> dict:
     return create_app(Settings()).openapi()
 
 
-ROUTES = [route for route in router.routes if isinstance(route, APIRoute)]
+ROUTES = [route for route in (*router.routes, *generation.router.routes) if isinstance(route, APIRoute)]
 
 
 def answers(route: APIRoute) -> set[int]:
@@ -116,6 +117,16 @@ class TestOpenAPI:
 def test_openapi_is_json_and_names_no_error_of_the_framework(openapi):
     text = json.dumps(openapi)
     assert "HTTPValidationError" not in text
+
+
+@pytest.mark.parametrize("route", openai.router.routes, ids=lambda route: route.path)
+def test_openapi_documents_errors_under_v1_in_their_own_shape(openapi, route):
+    (method,) = route.methods
+    answers = openapi["paths"][route.path_format][method.lower()]["responses"]
+    errors = {status: answer["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+              for status, answer in answers.items() if int(status) >= 400}  # fmt: skip
+    assert errors == dict.fromkeys(errors, "OpenAIProblem")
+    assert "503" in errors
 
 
 def test_openapi_refers_to_nothing_that_is_not_there(openapi):

@@ -72,3 +72,12 @@ def test_many_at_once(run):
 def test_the_replay_of_a_long_ledger(run):
     said, _ = run("--editor", "keyed", "--replay", "100")
     assert {"restart: replay of 100 entries", "restart: replay of 100 entries, compacted"} <= set(steps(said))
+
+
+def test_generations_by_three_ways_that_say_the_same(run, tmp_path):
+    said, _ = run("--editor", "keyed", "--generations", "4", "--rounds", "1", "--report", str(tmp_path / "bench.json"))
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    ways = ["a thread each", "transformers", "mend"]
+    assert [(each["at_once"], each["way"]) for each in figures] == [(number, way) for number in (1, 4) for way in ways]
+    assert all(each["same"] == each["requests"] == 8 and each["tokens"] > 8 for each in figures)
+    assert all(f"| {number} | {way} |" in said for number in (1, 4) for way in ways)

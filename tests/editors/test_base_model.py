@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BartForSequenceClassification, Ge
 
 from editors import DEFAULT_MODEL
 from editors.base_model import BaseModel, load_base_model, weights_digest
-from editors.decoding import generate
+from editors.decoding import generate_batch
 from editors.errors import BaseModelNotFound, BaseModelUnreadable
 from editors.packaged import GGUF, GGUF_SHA256, WHEEL, packaged_folder
 from tests.editors.dense import logits, predictions
@@ -61,13 +61,15 @@ class TestLoad:
             load_base_model(str(tmp_path), device="cpu")
 
     def test_penalties_and_beams_saved_beside_the_model_change_no_greedy_text(self, folder):
-        plain = generate(load_base_model(str(folder), device="cpu").model, small_base().tokenizer, "The city", 12).text
+        plain = generate_batch(
+            load_base_model(str(folder), device="cpu").model, small_base().tokenizer, ["The city"], 12
+        )
         GenerationConfig(
             repetition_penalty=3.0, no_repeat_ngram_size=1, num_beams=3, suppress_tokens=[5], forced_eos_token_id=7,
             eos_token_id=0, pad_token_id=1,
         ).save_pretrained(folder)  # fmt: skip
         loaded = load_base_model(str(folder), device="cpu")
-        assert generate(loaded.model, loaded.tokenizer, "The city", 12).text == plain
+        assert generate_batch(loaded.model, loaded.tokenizer, ["The city"], 12) == plain
         assert loaded.generation.repetition_penalty == 3.0  # kept for whom the model is handed on to
 
     def test_quantised_weights_are_refused(self, folder, monkeypatch):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from editors.decoding import Sampling, generate, generate_batch
+from editors.decoding import generate_batch
 from editors.errors import EmptyTextError, UnknownLabel
 from editors.kinds import label_id
+from editors.sampling import Sampling
 from editors.text import LabelledTokens, Seq2SeqTokens
+from tests.editors.saying import say
 from tests.small import adding, small_base
 
 PROMPT = "The capital of Italy is"
@@ -43,13 +45,13 @@ class TestEncoderDecoder:
 
     def test_says_the_same_alone_and_in_a_batch(self, base):
         prompts = [PROMPT, "x", "The language of Norway"]
-        texts = [generate(base.model, base.tokenizer, prompt, 5) for prompt in prompts]
+        texts = [say(base.model, base.tokenizer, prompt, 5) for prompt in prompts]
         assert generate_batch(base.model, base.tokenizer, prompts, 5) == texts
         assert all(text.completion_tokens <= 5 for text in texts)
 
     def test_samples_by_seed(self, base):
         one, same, other = (
-            generate(base.model, base.tokenizer, PROMPT, 6, Sampling(1.5, seed=seed)).text for seed in (1, 1, 2)
+            say(base.model, base.tokenizer, PROMPT, 6, Sampling(1.5, seed=seed)).text for seed in (1, 1, 2)
         )
         assert one == same != other
 
@@ -71,12 +73,12 @@ class TestClassifier:
         assert (tokens.inputs, tokens.target, list(tokens.scored)) == (tokens.prompt, (1,), [0])
 
     def test_says_its_label(self, base):
-        said = generate(base.model, base.tokenizer, PROMPT, 16)
+        said = say(base.model, base.tokenizer, PROMPT, 16)
         assert said.text in ("LABEL_0", "LABEL_1")
         assert (said.finish_reason, said.completion_tokens) == ("stop", 1)
         prompts = [PROMPT, "x"]
         assert [text.text for text in generate_batch(base.model, base.tokenizer, prompts, 1)] == [
-            generate(base.model, base.tokenizer, prompt, 1).text for prompt in prompts
+            say(base.model, base.tokenizer, prompt, 1).text for prompt in prompts
         ]
 
     @pytest.mark.parametrize(("name", "label"), [("LABEL_1", 1), (" label_0 ", 0), ("1", 1), ("SUPPORTS", 1)])

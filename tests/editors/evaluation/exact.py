@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from editors.base_model import BaseModel
 from editors.data import Example
-from editors.decoding import continue_greedily, generate
+from editors.decoding import continue_greedily, generate_batch
 from editors.evaluation.marks import Values
 from editors.kinds import label_id, label_names
 from editors.text import begins_with
@@ -38,7 +38,7 @@ def measure(
         tokens = right(live, prompt, wanted)
         found[f"{kind}, token"].append(sum(tokens) / len(tokens))
         found[f"{kind}, sequence"].append(float(all(tokens)))
-        said = generate(live, base.tokenizer, prompt, len(tokens) + 2).text
+        said = generate_batch(live, base.tokenizer, [prompt], len(tokens) + 2)[0].text
         label = base.kind == "classifier" and label_names(base.model)[label_id(base.model, wanted)]
         found[f"{kind}, greedy"].append(float(said == label if label else begins_with(said, wanted)))
         if kind != "portability" and example.answer:

@@ -1,0 +1,167 @@
+"""Pieces of a text: never a part of a stop string or of a character; with the model's own log-probabilities."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from editors.continuation import Continuation, Wish
+from editors.sampling import Sampling
+from editors.text import encode
+from editors.wording import Wording, Words
+from tests.editors.dense import logits
+from tests.editors.saying import continued, say
+from tests.small import small_base, small_llama
+
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return small_base()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every byte, as GPT-2's tokenizer has them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({"<eos>": 0} | {character: n for n, character in enumerate(alphabet, 1)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def written(tokenizer, text: str, wish: Wish) -> tuple[Continuation, list]:
+    """A model that says exactly this text, and then ends."""
+    said = Continuation(Wording(small_llama(), tokenizer), [5], wish)
+    pieces = []
+    for token in [*tokenizer(text).input_ids, 0]:
+        scores = torch.full((300,), -1.0)
+        scores[token] = 5.0
+        pieces.append(said.take(scores, token))
+        if said.finish_reason:
+            break
+    return said, [piece for piece in pieces if piece]
+
+
+class TestWords:
+    @pytest.mark.parametrize("seed", range(200))
+    def test_are_the_text_before_the_first_stop_and_show_nothing_of_it(self, seed):
+        drawn = random.Random(seed)
+        text = "".join(drawn.choice("ab") for _ in range(drawn.randint(1, 40)))
+        stop = ["".join(drawn.choice("ab") for _ in range(drawn.randint(1, 6))) for _ in range(drawn.randint(0, 4))]
+        found = [(text.find(each) + len(each), text.find(each)) for each in stop if each in text]
+        expected = text[: min(found)[1]] if found else text
+        words, read, told = Words(stop), 0, ""
+        while read < len(text) and not words.stopped:
+            read = min(len(text), read + drawn.randint(1, 3))
+            told += words.read(text[:read])
+            assert expected.startswith(told)
+            assert len(text[:read]) - len(told) < max(map(len, stop), default=1) or words.stopped
+        told += "" if words.stopped else words.read(text, last=True)
+        assert told == words.sure == expected
+        assert words.stopped == bool(found)
+
+    def test_without_stop_strings_are_told_at_once(self):
+        words = Words(())
+        assert [words.read("a"), words.read("a b"), words.read("a b c", last=True)] == ["a", " b", " c"]
+
+
+class TestCharacters:
+    TEXT = "日本 ☃🙂 é"
+
+    def test_are_told_whole(self):
+        said, pieces = written(byte_tokenizer(), self.TEXT, Wish(100))
+        assert [piece.text for piece in pieces] == list(self.TEXT)
+        assert (said.finish_reason, len(said.said)) == ("stop", len(self.TEXT.encode()))
+
+    def test_that_are_cut_short_are_told_at_the_end(self):
+        _, pieces = written(byte_tokenizer(), "a☃", Wish(3))
+        assert "".join(piece.text for piece in pieces) == "a\N{REPLACEMENT CHARACTER}"
+
+    def test_are_made_of_tokens_whose_bytes_join(self):
+        _, pieces = written(byte_tokenizer(), self.TEXT, Wish(100, logprobs=0))
+        assert [b"".join(token.spelt for token in piece.tokens).decode() for piece in pieces] == list(self.TEXT)
+
+    def test_of_a_stop_string_cross_tokens(self):
+        said, pieces = written(byte_tokenizer(), self.TEXT, Wish(100, stop=("☃🙂",), logprobs=0))
+        assert "".join(piece.text for piece in pieces) == "日本 "
+        assert b"".join(token.spelt for piece in pieces for token in piece.tokens).decode() == "日本 "
+        assert said.finish_reason == "stop"
+
+
+class TestStop:
+    def test_ends_the_text_before_it(self, linear):
+        whole = say(*parts(linear), PROMPT, 20).text
+        for stop in (whole[3:6], whole[-1], whole[0]):
+            ids = encode(linear.tokenizer, PROMPT).prompt
+            text, pieces = continued(*parts(linear), ids, Wish(20, stop=("not there", stop)))
+            assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
+            assert text.finish_reason == "stop"
+
+    def test_at_the_very_end_is_stop_and_not_length(self, linear):
+        whole = say(*parts(linear), PROMPT, 8).text
+        text, _ = continued(*parts(linear), encode(linear.tokenizer, PROMPT).prompt, Wish(8, stop=(whole[-2:],)))
+        assert text.finish_reason == "stop"
+
+
+class TestLogprobs:
+    def test_are_those_of_the_model_whatever_the_sampling(self, linear):
+        ids = encode(linear.tokenizer, PROMPT).prompt
+        wish = Wish(8, Sampling(1.5, top_p=0.9, top_k=50, repetition_penalty=1.3, seed=3), logprobs=3)
+        text, pieces = continued(*parts(linear), ids, wish)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        assert [token.id for token in tokens] == text.said
+        whole = "".join(piece.text for piece in pieces)
+        assert "".join(token.spelt.decode() for token in tokens) == whole
+        expected = logits(linear.model, [*ids, *text.said])[len(ids) - 1 : -1].log_softmax(-1)
+        for token, row in zip(tokens, expected, strict=True):
+            assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
+            assert [each.id for each in token.top] == row.topk(3).indices.tolist()
+            assert [each.logprob for each in token.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+            assert whole[token.offset :].startswith(token.spelt.decode())
+
+    def test_of_a_classifier_are_those_of_its_labels(self):
+        base = small_base("bert")
+        ids = base.encode(PROMPT).prompt
+        text, (piece,) = continued(*parts(base), ids, Wish(8, Sampling(1.5), logprobs=2))
+        assert (piece.text, text.finish_reason) == (say(*parts(base), PROMPT, 1).text, "stop")
+        expected = base.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        (token,) = piece.tokens
+        assert token.logprob == pytest.approx(expected.max().item())
+        assert {each.spelt: each.logprob for each in token.top} == {
+            b"LABEL_0": pytest.approx(expected[0].item()), b"LABEL_1": pytest.approx(expected[1].item()),
+        }  # fmt: skip
+
+    def test_have_no_infinity(self):
+        scores = torch.full((300,), float("-inf"))
+        scores[7] = 0.0
+        said = Continuation(Wording(small_llama(), byte_tokenizer()), [5], Wish(1, logprobs=2))
+        (token,) = said.take(scores, 7).tokens
+        assert [each.logprob for each in token.top] == [0.0, -9999.0]
+
+
+class TestSampling:
+    @pytest.mark.parametrize("sampling", [Sampling(1.0, top_k=1, seed=3), Sampling(0.0, top_k=5, seed=9)])
+    def test_without_room_is_greedy(self, linear, sampling):
+        assert say(*parts(linear), PROMPT, 8, sampling) == say(*parts(linear), PROMPT, 8)
+
+    def test_of_few_is_one_of_the_best(self, linear):
+        ids = encode(linear.tokenizer, PROMPT).prompt
+        for seed in range(5):
+            _, pieces = continued(*parts(linear), ids, Wish(6, Sampling(5.0, top_k=3, seed=seed), logprobs=3))
+            assert all(token.id in {each.id for each in token.top} for piece in pieces for token in piece.tokens)
+
+    def test_with_a_penalty_repeats_less(self, linear):
+        ids = encode(linear.tokenizer, PROMPT).prompt
+        plain, _ = continued(*parts(linear), ids, Wish(30))
+        varied, _ = continued(*parts(linear), ids, Wish(30, Sampling(repetition_penalty=5.0)))
+        assert len(set(varied.said)) > len(set(plain.said))
+
+
+def parts(base):
+    return base.model, base.tokenizer
