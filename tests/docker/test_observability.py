@@ -143,6 +143,17 @@ def test_metrics_are_named_as_prometheus_wants(scraped):
     run("check", "metrics", given=scraped)
 
 
+@pytest.mark.parametrize("file", ["compose.yaml", "compose.replicas.yaml"])
+def test_every_service_of_ours_is_scraped(file):
+    (scraped,) = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    (by,) = scraped["dns_sd_configs"]
+    services = yaml.safe_load((DOCKER / file).read_text())["services"]
+    ours = {name for name, service in services.items() if service.get("image") == "mend-service"}
+    assert ours
+    assert ours <= set(by["names"])
+    assert by["port"] == Settings.model_fields["port"].default
+
+
 def test_compose_mounts_what_there_is():
     services = yaml.safe_load((DOCKER / "compose.observability.yaml").read_text())["services"]
     mounted = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
