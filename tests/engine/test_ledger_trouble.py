@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import redis
@@ -15,6 +15,7 @@ from service.engine import AlreadyRolledBack, Engine
 from service.engine.engine import MAX_RACES
 from service.engine.errors import LedgerDiverged
 from service.ledger import (
+    Applied,
     EmbeddedRedis,
     Entry,
     FactorsMissing,
@@ -111,10 +112,10 @@ class TestRedisGone:
 
     def test_at_the_moment_of_the_commit_changes_nothing(self, open_engine, own_server, first, second):
         class DiesFirst(RedisLedger):
-            def append(self, entry: Entry, factors: bytes = b"") -> None:
+            def append(self, entry: Entry, factors: bytes = b"", needs: Iterable[Applied] = ()) -> None:
                 if own_server.alive and entry.sequence == 2:
                     kill(own_server)
-                super().append(entry, factors)
+                super().append(entry, factors, needs)
 
         engine = open_engine(on=own_server, ledger=DiesFirst)
         edit = engine.apply(first).applied
@@ -133,8 +134,8 @@ class TestRedisGone:
         class DiesAfter(RedisLedger):
             """The entry is stored, but nobody hears of it."""
 
-            def append(self, entry: Entry, factors: bytes = b"") -> None:
-                super().append(entry, factors)
+            def append(self, entry: Entry, factors: bytes = b"", needs: Iterable[Applied] = ()) -> None:
+                super().append(entry, factors, needs)
                 kill(own_server)
                 self.ping()
 
@@ -196,11 +197,11 @@ class Overtaken(RedisLedger):
     overtake: Callable[[], object] | None = None
     appends = 0
 
-    def append(self, entry: Entry, factors: bytes = b"") -> None:
+    def append(self, entry: Entry, factors: bytes = b"", needs: Iterable[Applied] = ()) -> None:
         self.appends += 1
         if self.overtake is not None:
             self.overtake()
-        super().append(entry, factors)
+        super().append(entry, factors, needs)
 
 
 class TestAnotherWriter:
