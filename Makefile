@@ -52,11 +52,12 @@ load: $(STAMP) ## Ten minutes of edits and generations at once: figures, errors,
 	$(PY) -m pip install --quiet --editable '.[load]'
 	$(PY) -m tests.load $(ARGS)
 
-lint: $(STAMP) ## Check style, formatting, the direction of imports and the Dockerfile
+lint: $(STAMP) ## Check style, formatting, imports, the Dockerfile, and the pins for known vulnerabilities
 	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
+	$(PY) docker/audit.py
 
 train: $(STAMP) ## Train an editor: TRAIN="FILE …" VALIDATION="FILE …" OUT=FOLDER
 	$(call need,TRAIN VALIDATION OUT)$(MEND) train $(addprefix --data ,$(TRAIN)) $(addprefix --validation ,$(VALIDATION)) --out $(OUT) $(ARGS)

@@ -26,6 +26,10 @@ from editors.text import Tokens
 DECODING_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 """What of a generation config says what a text is made of, and not how it is searched for."""
 
+PICKLED = "pytorch_model*.bin"
+"""Files of weights in the older form."""
+ADAPTER = "adapter_config.json"
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -99,9 +103,12 @@ def load_base_model(
     dtype = dtype or default_dtype(device)
     source = packaged_folder(cache_dir) if ref == DEFAULT_MODEL else _checked_folder(ref)
     try:
+        # No code that comes with a model, and no pickles, which may run some.
         kind = kind_of_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, loading = AUTO_CLASSES[kind].from_pretrained(source, dtype="auto", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, loading = AUTO_CLASSES[kind].from_pretrained(
+            source, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except BaseModelUnreadable:
         raise
     except Exception as error:  # transformers, safetensors and the hub client raise many unrelated types
@@ -171,6 +178,19 @@ def _checked_folder(ref: str) -> str:
             f"{folder / 'config.json'} is missing, so {folder} is not a model folder; "
             "save a model there with `save_pretrained`, or point MEND_BASE_MODEL elsewhere",
             file=str(folder / "config.json"),
+        )
+    if (folder / ADAPTER).is_file():
+        raise BaseModelUnreadable(
+            f"{folder} holds an adapter, which would be loaded with whatever model it names; merge it into that "
+            "model, save the result, and name its folder",
+            file=str(folder / ADAPTER),
+        )
+    pickled = sorted(path.name for path in folder.glob(PICKLED))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise BaseModelUnreadable(
+            f"{folder} holds its weights as {pickled[0]}, a pickle, which can run code when it is read; load it where "
+            "you trust it, and save it with `save_pretrained`, which writes safetensors",
+            file=str(folder / pickled[0]),
         )
     return str(folder)
 

@@ -23,11 +23,11 @@ from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
-from service.api import batch, generation, metrics, openai, problems, rollbacks
-from service.api.access_log import AccessMiddleware
-from service.api.limits import LimitsMiddleware
+from service.api import batch, docs, generation, metrics, openai, problems, rollbacks
+from service.api.doors import guard
 from service.api.routes import router
 from service.api.waiting import Waiting
+from service.confidential import log_prompts
 from service.engine import EditorChanged, Engine, EngineError, Limits, NotReady, read_guard_prompts
 from service.ledger import (
     EmbeddedRedis,
@@ -351,7 +351,7 @@ def create_app(
     """The ASGI application. on_failure, on_ready: called once, from the keeper thread.
 
     tracer_provider: takes the spans, instead of the collector that settings or environment name.
-    Raises TracingUnavailable.
+    Raises TracingUnavailable, and KeysUnusable when the file of keys cannot be read.
     """
     own = None if tracer_provider else open_tracer_provider(settings.otlp_endpoint, VERSION)
     telemetry = Telemetry(tracer_provider or own)
@@ -371,18 +371,16 @@ def create_app(
         version=VERSION,
         summary="Correct facts in a language model that is already serving.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         # FastAPI's own, where it has one, would tell query strings, and so prompts.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service, app.state.waiting, app.state.telemetry = service, Waiting(), telemetry
-    app.add_middleware(LimitsMiddleware, batch_edits=settings.max_batch)
-    app.add_middleware(AccessMiddleware, telemetry=telemetry)  # the last one, which is the outermost
-    app.include_router(batch.router)  # before the routes of one edit, whose ids would match its path
-    app.include_router(router)
-    app.include_router(rollbacks.router)
-    app.include_router(generation.router)
-    app.include_router(openai.router)
-    app.include_router(metrics.router)
+    log_prompts(settings.log_prompts)
+    # A batch before the routes of one edit, whose ids would match its path.
+    others = (rollbacks, generation, openai, metrics, docs)
+    guard(app, settings, [batch.router, router, *(part.router for part in others)], telemetry)
     problems.install(app, EngineError, LedgerError, EditorsError)
 
     @app.get("/", include_in_schema=False)

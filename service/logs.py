@@ -10,14 +10,16 @@ import logging
 import sys
 import threading
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TextIO
 
 from opentelemetry import trace
 from structlog.contextvars import merge_contextvars
-from structlog.dev import ConsoleRenderer, plain_traceback
-from structlog.processors import JSONRenderer, StackInfoRenderer, TimeStamper, format_exc_info
+from structlog.dev import ConsoleRenderer
+from structlog.processors import ExceptionRenderer, JSONRenderer, StackInfoRenderer, TimeStamper
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level, add_logger_name
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
+
+from service.confidential import told
 
 Format = Literal["text", "json"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -53,9 +55,9 @@ def formatter(format: Format, *, colours: bool = False) -> logging.Formatter:
     context: list[Processor] = [merge_contextvars, ExtraAdder(), add_logger_name, add_log_level]
     context += [TimeStamper(fmt="iso", utc=True), _add_trace, StackInfoRenderer()]
     rendering: list[Processor] = (
-        [format_exc_info, _in_order, JSONRenderer()]
+        [ExceptionRenderer(_error), _in_order, JSONRenderer()]
         if format == "json"
-        else [_printable, ConsoleRenderer(colors=colours, exception_formatter=plain_traceback, sort_keys=False)]
+        else [_printable, ConsoleRenderer(colors=colours, exception_formatter=_write_error, sort_keys=False)]
     )
     return ProcessorFormatter(
         foreign_pre_chain=context, processors=[ProcessorFormatter.remove_processors_meta, *rendering]
@@ -85,6 +87,14 @@ def _escaped(text: str) -> str:
         return text
     escaped = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text.rstrip("\n"))
     return "".join(escaped)
+
+
+def _error(error: ExcInfo) -> str:
+    return told(error[1])
+
+
+def _write_error(out: TextIO, error: ExcInfo) -> None:
+    out.write("\n" + told(error[1]))
 
 
 def _uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:

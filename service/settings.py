@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from editors import DEFAULT_MODEL
 
 DEFAULT_EDITOR = Path(__file__).parents[1] / "checkpoints" / f"{DEFAULT_MODEL}-keyed"
 """The editor that ships with the project, for the packaged base model."""
+
+
+def _rate(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,8}/(second|minute|hour|day)", value):
+        raise ValueError("give a number and a time, such as 600/minute")
+    return value
+
+
+def _names(value: Any) -> Any:
+    return tuple(name.strip().lower() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if not re.fullmatch(r"https?://[^/*?#@\s]+", value):
+            raise ValueError(
+                f"{value} is no origin; give such as https://dashboard.example, with the port if it has one"
+            )
+    return values
+
+
+def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if not re.fullmatch(r"[a-z0-9._-]+|\*", value):
+            raise ValueError(f"{value} is no name of a host; give names without ports (addresses are always taken)")
+    return values
+
+
+Rate = Annotated[str, AfterValidator(_rate)]
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names), AfterValidator(_origins)]
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names), AfterValidator(_hosts)]
 
 
 class Settings(BaseSettings):
@@ -69,3 +101,22 @@ class Settings(BaseSettings):
         None, description="Where traces go by OTLP/HTTP, e.g. http://localhost:4318; else OTEL_EXPORTER_OTLP_ENDPOINT."
     )
     answer_tokens: int = Field(16, ge=1, description="Tokens decoded for each answer that an edit is judged by.")
+
+    api_keys: Path | None = Field(
+        None, description="File of the API keys (mend keys create); without one whoever reaches the port may do all."
+    )
+    open_to_all: bool = Field(
+        False, description="Listen beyond loopback without keys: whoever reaches the port may do everything."
+    )
+    allowed_hosts: Hosts = Field(
+        (), description="Names by which the service may be addressed, beside IP addresses, with commas between; * for "
+        "any. If not given: localhost where there are no keys and it listens on loopback, else any.",
+    )  # fmt: skip
+    cors_origins: Origins = Field(
+        (), description="Origins whose pages may ask, such as https://dashboard.example, with commas between."
+    )
+    rate_reads: Rate | None = Field(None, description="Most reads and generations of one key, such as 600/minute.")
+    rate_changes: Rate | None = Field(None, description="Most changes and tries of one key, likewise.")
+    request_timeout_s: float = Field(30, gt=0, description="Seconds within which a request must have arrived whole.")
+    max_connections: int = Field(512, ge=1, description="Most connections at once; beyond, the answer is 503 busy.")
+    log_prompts: bool = Field(False, description="Log what is asked and answered, too.")

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.api.headers import tag
+from service.confidential import note_texts
 from service.engine import Ended, Event, Listener, Published, Scored, Ticket
 
 PING_EVERY_S = 15.0
@@ -51,6 +52,7 @@ class _Telling:
     def __init__(self) -> None:
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         self._left = False
+        self._texts: defaultdict[int, str] = defaultdict(str)
         self.ticket: Ticket | None = None
 
     def tell(self, event: Event) -> None:
@@ -60,7 +62,12 @@ class _Telling:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def next(self) -> Event:
-        return await self._events.get()
+        event = await self._events.get()
+        if isinstance(event, Ended):
+            note_texts("answer", text=self._texts[event.index])
+        elif not isinstance(event, Exception):
+            self._texts[event.index] += event.piece.text
+        return event
 
     async def watch(self, request: Request) -> None:
         """Tell when the client leaves."""

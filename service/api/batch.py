@@ -19,12 +19,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from service.api.audit import Record
+from service.api.callers import needs
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Writable, expected_revision, tag, time_it
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
 from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of, validated
 from service.api.views import BatchItem, BatchSummary, BatchView, Pending
 from service.api.waiting import Waited
+from service.confidential import note_texts
 from service.engine import BatchOutcome, Tell
 
 JSON, JSON_LINES = "application/json", "application/x-ndjson"
@@ -71,6 +74,7 @@ def _parsed(raw: bytes, what: str) -> Any:
 
 @router.post(
     BATCH_PATH,
+    dependencies=[needs("edit")],
     status_code=201,
     response_model=BatchView,
     responses={
@@ -97,6 +101,7 @@ def post_batch(
     lines: Lines,
     engine: Writable,
     waiting: Waited,
+    request: Request,
     response: Response,
     query: Annotated[BatchQuery, Query()],
     actor: Actor = None,
@@ -111,6 +116,7 @@ def post_batch(
     digest = digest_of(*edits, query)
     requests = [edit.as_request(actor, idempotency_key, f"batch:{digest}") for edit in edits]
     revision = expected_revision(if_match, engine)
+    note_texts("batch", edits=[{"prompt": edit.prompt, "correction": edit.correction} for edit in edits])
 
     def apply(tell: Tell) -> BatchOutcome:
         return engine.apply_batch(requests, expected_revision=revision, tell=tell, **query.model_dump())
@@ -119,7 +125,7 @@ def post_batch(
         said = "is for a body in JSON; an answer in JSON Lines tells of its progress by itself"
         raise RequestValidationError([{"type": "wait", "loc": ("query", "wait"), "msg": said}])
     if lines:
-        return StreamingResponse(told(apply), 200, media_type=JSON_LINES)
+        return StreamingResponse(told(apply, request.state.audit), 200, media_type=JSON_LINES)
     outcome = waiting.made(engine, idempotency_key, digest, query.wait, lambda: apply(lambda *_: None))
     if isinstance(outcome, JSONResponse):
         return outcome
@@ -130,18 +136,30 @@ def post_batch(
     return BatchView.of(outcome)
 
 
-def told(apply: Callable[[Tell], BatchOutcome]) -> Iterator[str]:
+def told(apply: Callable[[Tell], BatchOutcome], record: Record) -> Iterator[str]:
     """The lines that answer. Raises what `apply` raises before it tells of any progress.
 
-    It goes on to its end although nobody listens any more: half a transaction there is not.
+    It goes on to its end although nobody listens any more: half a transaction there is not. So its outcome is told to
+    the audit from there.
     """
     events: SimpleQueue[dict[str, Any] | BatchOutcome | Exception] = SimpleQueue()
+    begun = False
+
+    def tell(step: str, done: int, of: int) -> None:
+        nonlocal begun
+        begun = True
+        events.put({"progress": {"step": step, "done": done, "of": of}})
 
     def work() -> None:
         try:
-            events.put(apply(lambda step, done, of: events.put({"progress": {"step": step, "done": done, "of": of}})))
+            outcome = apply(tell)
         except Exception as error:  # told to the client, whatever it was
+            if begun:
+                record.tell(None, code=getattr(error, "code", "internal_error"))
             events.put(error)
+        else:
+            record.tell(None, batch_id=outcome.id, revision=outcome.revision)
+            events.put(outcome)
 
     # In the context of the request, so that what is logged and traced there is known to belong to it.
     threading.Thread(target=copy_context().run, args=(work,), name="batch", daemon=True).start()

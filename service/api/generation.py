@@ -15,6 +15,7 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from service.api.answering import Answer, streamed, whole
+from service.api.callers import needs
 from service.api.generation_requests import GenerateBody, GenerateQuery
 from service.api.generation_views import (
     GenerateBothView,
@@ -27,6 +28,7 @@ from service.api.generation_views import (
 from service.api.headers import Loaded, tag
 from service.api.problems import described_error, responses
 from service.api.requests import NoQuery
+from service.confidential import note_texts
 from service.engine import Ask, Ended, Engine, Event, Listener, Published, TextTooLong, Ticket
 
 router = APIRouter()
@@ -38,7 +40,12 @@ def in_url(query: Annotated[GenerateQuery, Query()]) -> GenerateBody:
     return query.body()
 
 
-@router.get("/generate", responses={**STREAM, **responses(400, 412, 422, 500, 503, 504)}, **ANSWERS)
+@router.get(
+    "/generate",
+    dependencies=[needs("read")],
+    responses={**STREAM, **responses(400, 412, 422, 500, 503, 504)},
+    **ANSWERS,
+)
 async def get_generate(
     asked: Annotated[GenerateBody, Depends(in_url)], engine: Loaded, request: Request, response: Response
 ) -> Any:
@@ -46,7 +53,12 @@ async def get_generate(
     return await _generate(asked, engine, request, response)
 
 
-@router.post("/generate", responses={**STREAM, **responses(400, 412, 413, 422, 500, 503, 504)}, **ANSWERS)
+@router.post(
+    "/generate",
+    dependencies=[needs("read")],
+    responses={**STREAM, **responses(400, 412, 413, 422, 500, 503, 504)},
+    **ANSWERS,
+)
 async def post_generate(
     asked: GenerateBody, engine: Loaded, request: Request, response: Response, _: Annotated[NoQuery, Query()]
 ) -> Any:
@@ -65,6 +77,7 @@ async def _generate(asked: GenerateBody, engine: Engine, request: Request, respo
             raise TextTooLong(f"max_new_tokens may be {limit} at most", field="max_new_tokens", limit=limit)
         messages = asked.messages
         prompt = asked.prompt if messages is None else engine.chat_prompt([each.as_message() for each in messages])
+        note_texts("generate", prompt=prompt)
         return engine.begin([Ask(prompt, asked.wish(), view) for view in views], tell)
 
     if asked.stream:

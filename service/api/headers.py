@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Request, Response
 from pydantic import BeforeValidator
 
+from service.api.callers import Asking
 from service.engine import Engine, Published, RevisionMismatch
 
 
@@ -23,7 +24,7 @@ def current_writer(request: Request) -> Engine:
     return engine
 
 
-def _as_sent(value: str | None) -> str | None:
+def as_sent(value: str | None) -> str | None:
     """Headers are read as Latin-1, but most clients send UTF-8."""
     try:
         return value and value.encode("latin-1").decode()
@@ -31,13 +32,25 @@ def _as_sent(value: str | None) -> str | None:
         return value
 
 
+async def acting(
+    caller: Asking,
+    actor: Annotated[
+        str | None,
+        BeforeValidator(as_sent),
+        Header(
+            alias="X-Actor",
+            max_length=200,
+            description="Who asks, or for whom the owner of the key asks; kept in the ledger.",
+        ),
+    ] = None,
+) -> str | None:
+    """Who is told to the ledger to have done it."""
+    return caller.acts_for(actor)
+
+
 Loaded = Annotated[Engine, Depends(current_engine)]
 Writable = Annotated[Engine, Depends(current_writer)]
-Actor = Annotated[
-    str | None,
-    BeforeValidator(_as_sent),
-    Header(alias="X-Actor", max_length=200, description="Who asks; kept in the ledger."),
-]
+Actor = Annotated[str | None, Depends(acting)]
 IfMatch = Annotated[str | None, Header(alias="If-Match", description="Only at this revision (its ETag).")]
 IdempotencyKey = Annotated[
     str | None,

@@ -1,7 +1,8 @@
-"""What no route should have to think of: bodies that are too large, and query strings that are not UTF-8."""
+"""What no route should have to think of: bodies that are too large or too slow, and queries that are not UTF-8."""
 
 from __future__ import annotations
 
+import asyncio
 from urllib.parse import unquote_to_bytes
 
 from starlette.exceptions import HTTPException
@@ -17,14 +18,19 @@ BYTES_PER_EDIT = 8_192
 BATCH_PATH = "/edits/batch"
 
 
+def arrived_late(within_s: float) -> str:
+    return f"the request did not arrive whole within {within_s:g} s (MEND_REQUEST_TIMEOUT_S); send it again, faster"
+
+
 class LimitsMiddleware:
     """Refuses a body beyond MAX_BODY_BYTES as it arrives, whatever its headers say, and malformed query strings.
 
-    batch_edits: most edits of one batch, whose body may be as much larger.
+    batch_edits: most edits of one batch, whose body may be as much larger. arrives_within_s: for the whole body.
     """
 
-    def __init__(self, app: ASGIApp, batch_edits: int = 0) -> None:
+    def __init__(self, app: ASGIApp, batch_edits: int = 0, arrives_within_s: float | None = None) -> None:
         self.app = app
+        self._arrives_within_s = arrives_within_s
         self._batch_bytes = max(MAX_BODY_BYTES, batch_edits * BYTES_PER_EDIT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,11 +49,20 @@ class LimitsMiddleware:
             answer = problem(scope["path"], "body_too_large", f"the body may have {limit} bytes at most")
             await answer(scope, receive, send)
             return
-        received = 0
+        received, whole = 0, False
+        within_s = self._arrives_within_s
+        deadline = within_s and asyncio.get_running_loop().time() + within_s
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            if whole:  # what is waited for from now on is that the client goes
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, arrived_late(within_s), {"Connection": "close"}) from error
+            whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > limit:
                 raise HTTPException(413, f"the body may have {limit} bytes at most")

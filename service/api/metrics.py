@@ -10,6 +10,8 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
+from service.api.callers import needs
+from service.api.problems import responses
 from service.engine import Engine
 
 if TYPE_CHECKING:
@@ -19,7 +21,12 @@ router = APIRouter()
 CHECKS = ("model", "ledger", "durability", "state")
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get(
+    "/metrics",
+    dependencies=[needs("read")],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, **responses()},
+)
 async def get_metrics(request: Request) -> Response:
     """For Prometheus: edits by outcome, latencies by step, tokens, revision and lag of this replica, capacity, …"""
     # In a thread that generations cannot take away: one should see how busy a service is while it is busy.

@@ -14,11 +14,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from service.api.answering import Begin, streamed, whole
+from service.api.callers import needs
 from service.api.headers import Loaded, tag
 from service.api.openai_requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody
 from service.api.openai_views import ChatShape, Chunks, CompletionShape
 from service.api.problems import openai_responses
 from service.api.requests import NoQuery
+from service.confidential import note_texts
 from service.engine import Ask, Engine, Listener, ModelNotFound, Published, TextTooLong, Ticket, Which
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -31,14 +33,14 @@ ANSWERS = {
 NoParameters = Annotated[NoQuery, Query()]
 
 
-@router.get("/models", responses=openai_responses(503))
+@router.get("/models", dependencies=[needs("read")], responses=openai_responses(503))
 def get_models(engine: Loaded, response: Response) -> dict[str, Any]:
     """The live model, and the untouched base."""
     tag(response, engine.published)
     return {"object": "list", "data": [_model(name) for name in _names(engine)]}
 
 
-@router.get("/models/{model:path}", responses=openai_responses(404, 422, 503))
+@router.get("/models/{model:path}", dependencies=[needs("read")], responses=openai_responses(404, 422, 503))
 def get_model(model: str, engine: Loaded, response: Response) -> dict[str, Any]:
     """One of the two."""
     _which(model, engine)
@@ -46,7 +48,7 @@ def get_model(model: str, engine: Loaded, response: Response) -> dict[str, Any]:
     return _model(model)
 
 
-@router.post("/completions", responses=ANSWERS)
+@router.post("/completions", dependencies=[needs("read")], responses=ANSWERS)
 async def post_completion(body: CompletionBody, engine: Loaded, request: Request, _: NoParameters) -> Response:
     """Continue prompts. OpenAI's defaults: temperature 1, a random seed, 16 tokens."""
     which = _which(body.model, engine)
@@ -57,6 +59,7 @@ async def post_completion(body: CompletionBody, engine: Loaded, request: Request
         most = _limited(engine, body.max_tokens or DEFAULT_MAX_TOKENS)
         wishes = body.wishes(len(prompts) * choices, most, body.logprobs)
         asked = [prompt for prompt in prompts for _ in range(choices)]
+        note_texts("generate", prompts=prompts)
         return engine.begin([Ask(prompt, wish, which) for prompt, wish in zip(asked, wishes, strict=True)], tell)
 
     def shape(published: Published) -> CompletionShape:
@@ -65,7 +68,7 @@ async def post_completion(body: CompletionBody, engine: Loaded, request: Request
     return await _answered(request, begin, body, shape, len(prompts) * choices)
 
 
-@router.post("/chat/completions", responses=ANSWERS)
+@router.post("/chat/completions", dependencies=[needs("read")], responses=ANSWERS)
 async def post_chat(body: ChatBody, engine: Loaded, request: Request, _: NoParameters) -> Response:
     """Answer chat messages. OpenAI's defaults: temperature 1, a random seed, as many tokens as there is room for."""
     which = _which(body.model, engine)
@@ -74,6 +77,7 @@ async def post_chat(body: ChatBody, engine: Loaded, request: Request, _: NoParam
         prompt = engine.chat_prompt([each.as_message() for each in body.messages])
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         wishes = body.wishes(body.choices, _limited(engine, body.most_tokens), logprobs)
+        note_texts("generate", prompt=prompt)
         return engine.begin([Ask(prompt, wish, which) for wish in wishes], tell)
 
     def shape(published: Published) -> ChatShape:

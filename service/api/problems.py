@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from structlog.contextvars import get_contextvars
 
+from service.api.callers import AccessRefused
 from service.api.templates import Templates
 from service.api.views import OpenAIError, OpenAIProblem, Problem
 
@@ -28,13 +29,18 @@ RETRY_AFTER_S = 2
 
 STATUS_BY_CODE = {
     "malformed_body": 400,
+    "malformed_request": 400,
     "invalid_utf8": 400,
+    "unauthenticated": 401,
+    "cross_site": 403,
+    "forbidden": 403,
     "not_found": 404,
     "edit_not_found": 404,
     "revision_not_found": 404,
     "tag_not_found": 404,
     "model_not_found": 404,
     "method_not_allowed": 405,
+    "request_timeout": 408,
     "already_rolled_back": 409,
     "edit_conflict": 409,
     "kill_switch_engaged": 409,
@@ -48,6 +54,7 @@ STATUS_BY_CODE = {
     "revision_not_reached": 412,
     "batch_too_large": 413,
     "body_too_large": 413,
+    "host_not_allowed": 421,
     "invalid_request": 422,
     "already_expired": 422,
     "empty_text": 422,
@@ -64,6 +71,8 @@ STATUS_BY_CODE = {
     "idempotency_key_reused": 422,
     "entry_invalid": 422,
     "state_overflow": 422,
+    "rate_limited": 429,
+    "headers_too_large": 431,
     "generation_failed": 500,
     "internal_error": 500,
     "busy": 503,
@@ -79,13 +88,18 @@ STATUS_BY_CODE = {
 }
 """Every code that a client can meet, with its status."""
 
+OF_ACCESS = (401, 403, 429)
+"""How every route that takes a scope may answer."""
+
 UNEXPECTED = (
     "an error on our side; it is in the service's log. Nothing was half-done: what the ledger holds is made live with "
     "the next request, and nothing else"
 )
 
 _codes: ContextVar[list[str]] = ContextVar("codes")
-_BY_STATUS = {400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_BY_STATUS = {
+    400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "body_too_large",
+}  # fmt: skip
 
 
 OPENAI = "/v1/"
@@ -101,11 +115,23 @@ def told_codes() -> list[str]:
     return _codes.get()
 
 
-def problem(path: str, code: str, detail: str, facts: Mapping[str, Any] | None = None) -> JSONResponse:
+def last_code() -> str | None:
+    """The code of the problem that was told last in this context, if there was any."""
+    codes = _codes.get([])
+    return codes[-1] if codes else None
+
+
+def problem(
+    path: str,
+    code: str,
+    detail: str,
+    facts: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
     """An answer that says what was wrong and what to do, in the shape that clients of a path expect."""
     status = STATUS_BY_CODE[code]
     later = status == HTTPStatus.SERVICE_UNAVAILABLE or code == "request_in_flight"
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if later else None
+    headers = {**({"Retry-After": str(RETRY_AFTER_S)} if later else {}), **(headers or {})}
     if path.startswith(OPENAI):
         return JSONResponse(openai_error(code, detail, facts), _openai_status(code), headers)
     return JSONResponse(described(code, detail, facts), status, headers, MEDIA_TYPE)
@@ -150,19 +176,22 @@ def described_error(error: Exception) -> dict[str, Any]:
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For OpenAPI: these statuses answer with a problem."""
+    """For OpenAPI: these statuses answer with a problem, and so do those of whoever may not ask, or not now."""
     return {
         status: {
             "description": HTTPStatus(status).phrase,
             "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
         }
-        for status in statuses
+        for status in sorted({*statuses, *OF_ACCESS})
     }
 
 
 def openai_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For OpenAPI: these statuses answer as OpenAI does."""
-    return {status: {"model": OpenAIProblem, "description": HTTPStatus(status).phrase} for status in statuses}
+    """For OpenAPI: these statuses answer as OpenAI does, and so do those of whoever may not ask, or not now."""
+    return {
+        status: {"model": OpenAIProblem, "description": HTTPStatus(status).phrase}
+        for status in sorted({*statuses, *OF_ACCESS})
+    }
 
 
 def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
@@ -175,6 +204,7 @@ def install(app: FastAPI, *domain_errors: type[Exception]) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(AccessRefused, _refused)
 
 
 async def _domain(request: Request, error: Any) -> JSONResponse:
@@ -216,3 +246,12 @@ async def _http(request: Request, error: Any) -> JSONResponse:
 
 async def _gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)  # which nobody reads
+
+
+async def _refused(request: Request, error: Any) -> JSONResponse:
+    return refused(request.url.path, error)
+
+
+def refused(path: str, error: AccessRefused) -> JSONResponse:
+    """The answer to somebody who may not."""
+    return problem(path, error.code, str(error), error.facts, error.headers)

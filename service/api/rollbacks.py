@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from service.api.callers import needs
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, Writable, expected_revision, tag
 from service.api.problems import responses
 from service.api.requests import DryRunQuery, NoQuery, ReasonBody, ReasonQuery, RestoreBody, TagBody, TagName, note_of
@@ -16,7 +17,7 @@ from service.ledger import Restored
 router = APIRouter()
 
 
-@router.post("/rollback", responses=responses(400, 404, 409, 412, 413, 422, 503))
+@router.post("/rollback", dependencies=[needs("admin")], responses=responses(400, 404, 409, 412, 413, 422, 503))
 def post_rollback(
     body: RestoreBody,
     engine: Writable,
@@ -37,13 +38,13 @@ def post_rollback(
     return RestoreView.of(done)
 
 
-@router.get("/kill-switch", responses=responses(400, 503))
+@router.get("/kill-switch", dependencies=[needs("read")], responses=responses(400, 503))
 def get_kill_switch(engine: Loaded, response: Response) -> KillSwitchView:
     """Whether the base is served, and nothing changed, and who wanted that why."""
     return _switched(engine, engine.history.switched, response, live=True)
 
 
-@router.put("/kill-switch", responses=responses(400, 409, 412, 413, 422, 503))
+@router.put("/kill-switch", dependencies=[needs("admin")], responses=responses(400, 409, 412, 413, 422, 503))
 def put_kill_switch(
     engine: Writable,
     response: Response,
@@ -62,7 +63,7 @@ def put_kill_switch(
     return _switched(engine, entry, response, live=idempotency_key is None)
 
 
-@router.delete("/kill-switch", responses=responses(400, 409, 412, 422, 503))
+@router.delete("/kill-switch", dependencies=[needs("admin")], responses=responses(400, 409, 412, 422, 503))
 def delete_kill_switch(
     engine: Writable,
     response: Response,
@@ -89,21 +90,21 @@ def _switched(engine: Engine, entry: Restored | None, response: Response, *, liv
     return KillSwitchView.of(entry, revision, digest, active)
 
 
-@router.get("/tags", responses=responses(400, 503))
+@router.get("/tags", dependencies=[needs("read")], responses=responses(400, 503))
 def get_tags(engine: Loaded, response: Response) -> TagList:
     """Every tag, newest first."""
     tag(response, engine.published)
     return TagList(items=[TagView.of(tagged) for tagged in engine.history.tags()])
 
 
-@router.get("/tags/{name}", responses=responses(400, 404, 422, 503))
+@router.get("/tags/{name}", dependencies=[needs("read")], responses=responses(400, 404, 422, 503))
 def get_tag(name: TagName, engine: Loaded, response: Response) -> TagView:
     """One tag."""
     tag(response, engine.published)
     return TagView.of(engine.history.tag(name))
 
 
-@router.put("/tags/{name}", responses=responses(400, 404, 409, 412, 413, 422, 503))
+@router.put("/tags/{name}", dependencies=[needs("edit")], responses=responses(400, 404, 409, 412, 413, 422, 503))
 def put_tag(
     name: TagName,
     engine: Writable,
@@ -125,7 +126,7 @@ def put_tag(
     return TagView.of(tagged)
 
 
-@router.delete("/tags/{name}", responses=responses(400, 404, 409, 412, 422, 503))
+@router.delete("/tags/{name}", dependencies=[needs("edit")], responses=responses(400, 404, 409, 412, 422, 503))
 def delete_tag(
     name: TagName,
     engine: Writable,

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.api.archive import ArchiveResponse, archived
+from service.api.callers import Asking, needs
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, Writable, expected_revision, tag, time_it
 from service.api.problems import responses
 from service.api.requests import (
@@ -36,12 +37,14 @@ from service.api.views import (
     RevisionView,
 )
 from service.api.waiting import Waited
+from service.confidential import note_texts
 
 router = APIRouter()
 
 
 @router.post(
     "/edits",
+    dependencies=[needs("edit")],
     status_code=201,
     response_model=EditView,
     responses={200: {"model": EditView, "description": "Nothing was changed: already true, or a dry run"},
@@ -67,6 +70,7 @@ def post_edit(
     digest = digest_of(body, query)
     request = body.as_request(actor, idempotency_key, digest)
     revision = expected_revision(if_match, engine)
+    note_texts("edit", prompt=body.prompt, correction=body.correction)
     outcome = waiting.made(
         engine,
         idempotency_key,
@@ -85,7 +89,7 @@ def post_edit(
     return EditView.of_outcome(outcome, body)
 
 
-@router.get("/edits", responses=responses(400, 422, 503))
+@router.get("/edits", dependencies=[needs("read")], responses=responses(400, 422, 503))
 def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: Response) -> EditPage:
     """List edits, newest first."""
     items: list[EditView] = []
@@ -105,12 +109,15 @@ def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: R
     return EditPage(items=items, next_cursor=str(items[-1].revision) if more else None)
 
 
-@router.get("/edits/audit", responses=responses(400, 422, 503))
-def get_audit(query: Annotated[AuditQuery, Query()], engine: Loaded, response: Response) -> AuditView:
+@router.get("/edits/audit", dependencies=[needs("read")], responses=responses(400, 422, 503))
+def get_audit(query: Annotated[AuditQuery, Query()], engine: Loaded, caller: Asking, response: Response) -> AuditView:
     """Does every active edit still hold, with what margin, and which edit took those that do not?
 
-    The last audit of the background task; one is taken now if there was none, or it is to be `fresh`.
+    The last audit of the background task; one is taken now if there was none, or it is to be `fresh`, which takes a
+    key of scope edit.
     """
+    if query.fresh:
+        caller.demand("edit")
     audit = engine.last_audit
     if audit is None or query.fresh:
         audit = engine.audit()
@@ -118,14 +125,14 @@ def get_audit(query: Annotated[AuditQuery, Query()], engine: Loaded, response: R
     return AuditView.of(audit, engine.published)
 
 
-@router.get("/edits/{edit_id}", responses=responses(400, 404, 422, 503))
+@router.get("/edits/{edit_id}", dependencies=[needs("read")], responses=responses(400, 404, 422, 503))
 def get_edit(edit_id: str, engine: Loaded, response: Response) -> EditView:
     """One edit, with everything that was measured when it was judged."""
     tag(response, engine.published)
     return EditView.of_edit(engine.history.find(edit_id))
 
 
-@router.delete("/edits/{edit_id}", responses=responses(400, 404, 409, 412, 422, 503))
+@router.delete("/edits/{edit_id}", dependencies=[needs("edit")], responses=responses(400, 404, 409, 412, 422, 503))
 def delete_edit(
     edit_id: str,
     engine: Writable,
@@ -145,7 +152,7 @@ def delete_edit(
     return RollbackView.of(done, engine.history.find(edit_id))
 
 
-@router.get("/model", responses=responses(503))
+@router.get("/model", dependencies=[needs("read")], responses=responses(503))
 def get_model(engine: Loaded, response: Response) -> ModelView:
     """What is loaded, and the digest of the exact state of its weights."""
     published = engine.published
@@ -171,18 +178,27 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
     )
 
 
-@router.get("/revision", responses=responses(400, 422, 503))
+@router.get("/revision", dependencies=[needs("read")], responses=responses(400, 422, 503))
 def get_revision(
-    query: Annotated[RevisionQuery, Query()], engine: Loaded, request: Request, response: Response
+    query: Annotated[RevisionQuery, Query()], engine: Loaded, caller: Asking, request: Request, response: Response
 ) -> RevisionView:
-    """What is live here, and how far behind the ledger it is. Cheap to poll, unless it is to `verify`."""
+    """What is live here, and how far behind the ledger it is. Cheap to poll, unless it is to `verify`, which takes a
+    key of scope edit."""
+    if query.verify:
+        caller.demand("edit")
     proof = engine.prove() if query.verify else None
     published = proof.published if proof else engine.published
     tag(response, published)
     return RevisionView.of(published, request.app.state.service.head(), proof and proof.weights_digest)
 
 
-@router.get("/export", status_code=200, response_class=ArchiveResponse, responses=responses(400, 409, 422, 503, 507))
+@router.get(
+    "/export",
+    dependencies=[needs("admin")],
+    status_code=200,
+    response_class=ArchiveResponse,
+    responses=responses(400, 409, 422, 503, 507),
+)
 def get_export(query: Annotated[ExportQuery, Query()], engine: Loaded) -> ArchiveResponse:
     """Take the active edits elsewhere, as a zip: a PEFT adapter, a merged model, or the factors of each edit.
 
@@ -205,6 +221,6 @@ async def get_readyz(request: Request) -> JSONResponse:
     """The model is loaded, the ledger replayed and reachable, and durable as far as it has to be."""
     checks = request.app.state.service.checks()
     ready = all(state == "ok" for state in checks.values())
-    warnings = request.app.state.service.warnings()
+    warnings = [*request.app.state.service.warnings(), *request.app.state.warnings()]
     health = Health(status="ready" if ready else "not_ready", checks=checks, warnings=warnings)
     return JSONResponse(health.model_dump(), 200 if ready else 503)

@@ -23,6 +23,7 @@ from service.cli.client import (
     DRIFT,
     REFUSED,
     ActorOption,
+    KeyFileOption,
     ReasonOption,
     Refused,
     Service,
@@ -144,6 +145,7 @@ def apply(
     reason: ReasonOption = None,
     service: ServiceOption = DEFAULT_SERVICE,
     wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan and what was done as JSON.")] = False,
 ) -> None:
     """Bring the active edits to what FILE says: make what is missing, change what differs, take back what is gone.
@@ -153,7 +155,7 @@ def apply(
     model says anyway. Edits that others made are superseded where FILE has their prompt, and left alone otherwise.
     """
     wanted = read_wanted(file)
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         target = Target(running, set_, actor, reason, partial)
         steps, revision = target.plan(wanted, prune)
         target.foretell(steps, revision)

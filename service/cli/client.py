@@ -7,12 +7,14 @@ not, and an exit status. What changes something carries one Idempotency-Key howe
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 from urllib.parse import quote
 
@@ -37,6 +39,8 @@ TELLS_EVERY_S = 5
 PAGE = 500
 """Most edits that the service lists at once."""
 NOT_NOW = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+NEVER_BEGUN = ("not_ready", "rate_limited")
+"""Codes of answers that come before anything was done."""
 
 ServiceOption = Annotated[str, typer.Option(envvar="MEND_SERVICE", help="URL of the running service.")]
 DEFAULT_SERVICE = "http://127.0.0.1:8000"
@@ -44,6 +48,13 @@ WaitOption = Annotated[
     float, typer.Option(min=0, metavar="SECONDS", help="Ask again for so long while the service does not answer.")
 ]
 DEFAULT_WAIT_S = 30.0
+KEY = "MEND_API_KEY"
+"""Variable with the key. There is no flag for it: whoever lists the processes of a machine would read it."""
+KEY_ADVICE = {"unauthenticated": f"; give a key with {KEY} or --api-key-file"}
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option("--api-key-file", envvar="MEND_API_KEY_FILE", metavar="FILE", help=f"Holds the API key, not {KEY}."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the service's own answer.")]
 ActorOption = Annotated[str | None, typer.Option(envvar="MEND_ACTOR", help="Who asks; kept in the ledger.")]
 ReasonOption = Annotated[str | None, typer.Option(help="Why; kept in the ledger.")]
@@ -107,11 +118,24 @@ class Answer:
     revision: int | None
 
 
+def key_headers(key_file: Path | None = None) -> dict[str, str]:
+    """What shows the caller's API key, if he has one. Raises Refused when it is none."""
+    try:
+        key = (os.environ.get(KEY, "") if key_file is None else key_file.read_text(encoding="utf-8")).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"the API key in {key_file} cannot be read: {getattr(error, 'strerror', error)}") from error
+    if key_file is not None and not key:
+        raise Refused(f"{key_file} is empty; it should hold an API key")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise Refused(f"what is in {key_file or KEY} is no API key; one is like mend_…, in one line")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 @contextmanager
-def connected(url: str, wait_s: float, *, as_json: bool) -> Iterator[Service]:
+def connected(url: str, wait_s: float, *, as_json: bool, key_file: Path | None = None) -> Iterator[Service]:
     """A running service. That it refuses or does not answer ends the command.
 
-    as_json: the problem's body goes to stdout too.
+    as_json: the problem's body goes to stdout too. key_file: holds the API key, if the environment does not.
     """
     import httpx
 
@@ -122,7 +146,11 @@ def connected(url: str, wait_s: float, *, as_json: bool) -> Iterator[Service]:
             raise Refused(f"{url!r} is not a URL ({error}); give one such as {DEFAULT_SERVICE}") from error
         if base.scheme not in ("http", "https") or not base.host:
             raise Refused(f"{url!r} is not the URL of a service; give one such as {DEFAULT_SERVICE}")
-        with httpx.Client(base_url=base, timeout=httpx.Timeout(CONNECTS_WITHIN_S, read=ANSWERS_WITHIN_S)) as http:
+        with httpx.Client(
+            base_url=base,
+            headers=key_headers(key_file),
+            timeout=httpx.Timeout(CONNECTS_WITHIN_S, read=ANSWERS_WITHIN_S),
+        ) as http:
             yield Service(http, wait_s)
     except ServiceError as error:
         if as_json and error.body:
@@ -309,10 +337,11 @@ def _told(answer: httpx.Response) -> dict[str, Any]:
 
 
 def _trouble(problem: dict[str, Any], retry_after_s: float = 0) -> ServiceError:
-    if problem["status"] == HTTPStatus.SERVICE_UNAVAILABLE or problem["code"] == "request_in_flight":
-        body, unknown = json.dumps(problem, ensure_ascii=False), problem["code"] != "not_ready"
+    later = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
+    if problem["status"] in later or problem["code"] == "request_in_flight":
+        body, unknown = json.dumps(problem, ensure_ascii=False), problem["code"] not in NEVER_BEGUN
         return NotNow(told_problem(problem), body, retry_after_s=retry_after_s, unknown=unknown)
-    return Refused(told_problem(problem), problem)
+    return Refused(f"{told_problem(problem)}{KEY_ADVICE.get(problem['code'], '')}", problem)
 
 
 def _key(query: Mapping[str, Any] | None) -> str | None:

@@ -18,6 +18,7 @@ from service.cli.client import (
     ActorOption,
     IfMatchOption,
     JsonOption,
+    KeyFileOption,
     ReasonOption,
     ServiceOption,
     WaitOption,
@@ -55,6 +56,7 @@ def edit(
     ] = None,
     service: ServiceOption = DEFAULT_SERVICE,
     wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Correct a fact: what the model answers to PROMPT is to begin with CORRECTION from now on."""
@@ -71,7 +73,7 @@ def edit(
         except (ValueError, RecursionError) as error:
             stop(f"--metadata is not JSON: {error}")
     terms = {"dry_run": dry_run, "on_conflict": on_conflict, "allow_loss": allow_loss}
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         answer = running.change(
             "POST", "/edits", "before", query=terms, body=body, actor=actor, if_match=if_match, key=idempotency_key
         )
@@ -88,12 +90,13 @@ def edits(
     all_: Annotated[bool, typer.Option("--all", help="Every one, however many.")] = False,
     service: ServiceOption = DEFAULT_SERVICE,
     wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List edits, newest first, or show one."""
     if edit_id is not None and (status is not None or q is not None):
         stop("an ID names one edit already; leave out --status and --q")
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         if edit_id is not None:
             answer = running.read("GET", edit_path(edit_id), "prompt")
             typer.echo(answer.text if as_json else _shown(answer.body))
@@ -123,6 +126,7 @@ def generate(
     min_revision: Annotated[int | None, typer.Option(help="Of this revision, or a later one.")] = None,
     service: ServiceOption = DEFAULT_SERVICE,
     wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, and print the text alone."""
@@ -136,7 +140,7 @@ def generate(
         "min_revision": min_revision,
     }
     given = {name: value for name, value in body.items() if value is not None}
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         answer = running.read("POST", "/generate", "live" if view == "both" else "text", body=given)
     if as_json:
         typer.echo(answer.text)
@@ -150,10 +154,11 @@ def audit(
     fresh: Annotated[bool, typer.Option("--fresh", help="Look now, not at what was seen last.")] = False,
     service: ServiceOption = DEFAULT_SERVICE,
     wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the active edits that no longer hold, and what they were lost to. Exit status 3 when there are any."""
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         answer = running.read("GET", "/edits/audit", "lost", query={"fresh": fresh})
     found = answer.body
     if as_json:

@@ -19,6 +19,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import typer
 
 from editors.formats import INDEX, ExportFormat
+from service.cli.client import KEY_ADVICE, KeyFileOption, Refused, key_headers, told_problem
 from service.cli.options import read_settings, with_settings
 from service.settings import Settings
 
@@ -33,6 +34,7 @@ def export(
     format: Annotated[ExportFormat, typer.Option(help="A PEFT adapter, a whole model, or each edit's factors.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must be empty, or not there yet.")],
     service: Annotated[str | None, typer.Option(help="URL of a running service, instead of its ledger.")] = None,
+    key_file: KeyFileOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write into a folder that is not empty, in place of an export there.")
     ] = False,
@@ -47,7 +49,7 @@ def export(
         given = [name for name, value in flags.items() if value is not None]
         if given:
             _stop(f"a running service has its own settings: leave out --{given[0].replace('_', '-')} or --service")
-        index = _fill(out, force, lambda folder: _download(service, format, folder))
+        index = _fill(out, force, lambda folder: _download(service, format, folder, key_file))
     facts = {name: value for name, value in index.items() if name not in ("files", "edits")}
     facts |= {"active_edits": len(index["edits"]), "folder": str(out)}
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _told(facts))
@@ -76,7 +78,7 @@ def _replay(settings: Settings, format: ExportFormat, folder: Path) -> None:
         _stop(str(error))
 
 
-def _download(service: str, format: ExportFormat, folder: Path) -> None:
+def _download(service: str, format: ExportFormat, folder: Path, key_file: Path | None) -> None:
     """Have a running service write the export, and unpack it."""
     import httpx
 
@@ -84,7 +86,9 @@ def _download(service: str, format: ExportFormat, folder: Path) -> None:
     url, waits = f"{service.rstrip('/')}/export", httpx.Timeout(10, read=None)  # writing it takes what it takes
     try:
         with (
-            httpx.stream("GET", url, params={"format": format.value}, timeout=waits) as answer,
+            httpx.stream(
+                "GET", url, params={"format": format.value}, headers=key_headers(key_file), timeout=waits
+            ) as answer,
             TemporaryFile(dir=folder.parent) as zipped,
         ):
             if answer.status_code != httpx.codes.OK:
@@ -93,6 +97,8 @@ def _download(service: str, format: ExportFormat, folder: Path) -> None:
                 zipped.write(piece)
             typer.echo(f"mend: unpacking {zipped.tell() / 1e6:.1f} MB …", err=True)
             _unpack(zipped, folder)
+    except Refused as error:
+        _stop(str(error))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         _stop(f"{service} cannot be read from: {error}; give the URL of a running mend-service")
     except BadZipFile as error:
@@ -103,7 +109,7 @@ def _reason(body: bytes, status: int) -> str:
     """The problem's own words, if it is one of mend-service."""
     with suppress(ValueError, KeyError, TypeError):
         problem = json.loads(body)
-        return f"{problem['detail']} ({problem['code']})"
+        return told_problem(problem) + KEY_ADVICE.get(problem["code"], "")
     return f"it answered with status {status}, and not as mend-service does"
 
 

@@ -15,6 +15,7 @@ from service.cli.commands import audit, edit, edits, generate
 from service.cli.compare import compare
 from service.cli.evaluate import evaluate
 from service.cli.export import export
+from service.cli.keys import keys
 from service.cli.ledger import ledger
 from service.cli.migrate import migrate
 from service.cli.plan import plan
@@ -32,6 +33,7 @@ app.command()(export)
 app.add_typer(checkpoint, name="checkpoint")
 ledger.command()(migrate)
 app.add_typer(ledger, name="ledger")
+app.add_typer(keys, name="keys")
 app.command()(plan)
 for command in (edit, edits, rollback, tag, tags, kill_switch, generate, audit, apply):
     app.command(cls=ClientCommand, epilog=EXIT_STATUSES)(command)

@@ -90,8 +90,8 @@ def command_line() -> str:
 def _option(name: str) -> inspect.Parameter:
     field = Settings.model_fields[name]
     default = field.get_default()
-    note = "" if default is None else f"  [default: {default}]"
-    metavar = {int: "INTEGER", float: "NUMBER"}.get(field.annotation, "TEXT")
+    note = "" if default in (None, ()) else f"  [default: {default}]"
+    metavar = {int: "INTEGER", float: "NUMBER", bool: "true|false"}.get(field.annotation, "TEXT")
     help_ = f"MEND_{name.upper()}. {field.description}{note}"
     # Text all of them: a flag is checked where its variable is, with the same words.
     option = typer.Option(help=help_, show_default=False, metavar=metavar)

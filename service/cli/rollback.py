@@ -18,6 +18,7 @@ from service.cli.client import (
     ActorOption,
     IfMatchOption,
     JsonOption,
+    KeyFileOption,
     ReasonOption,
     Refused,
     Service,
@@ -44,6 +45,7 @@ def rollback(
     if_match: IfMatchOption = None,
     service: ServiceOption = DEFAULT_SERVICE,
     wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take edits back, exactly, or go back to a revision, which also returns what was taken back since.
@@ -54,7 +56,7 @@ def rollback(
     """
     if bool(edit_ids) == (to is not None):
         stop("give the IDs of edits, or --to with a revision, a tag or base")
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         if to is not None:
             body = {**_target(to), "reason": reason}
             answer = running.change(
@@ -108,6 +110,7 @@ def tag(
     if_match: IfMatchOption = None,
     service: ServiceOption = DEFAULT_SERVICE,
     wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Name a revision, so that it can be gone back to, however much is compacted."""
@@ -115,7 +118,7 @@ def tag(
         stop("--remove takes the name away from whatever it names; leave out --revision")
     path = f"/tags/{quote(name, safe='')}"
     asked = {"query": {"reason": reason}} if remove else {"body": {"revision": revision, "reason": reason}}
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         answer = running.change("DELETE" if remove else "PUT", path, "name", actor=actor, if_match=if_match, **asked)
     if as_json:
         typer.echo(answer.text)
@@ -124,10 +127,13 @@ def tag(
 
 
 def tags(
-    service: ServiceOption = DEFAULT_SERVICE, wait: WaitOption = DEFAULT_WAIT_S, as_json: JsonOption = False
+    service: ServiceOption = DEFAULT_SERVICE,
+    wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List the tags, newest first."""
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         answer = running.read("GET", "/tags", "items")
     if as_json:
         typer.echo(answer.text)
@@ -145,11 +151,12 @@ def kill_switch(
     if_match: IfMatchOption = None,
     service: ServiceOption = DEFAULT_SERVICE,
     wait: WaitOption = DEFAULT_WAIT_S,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Serve the pristine base and let nobody change anything, until it is released; then all is as it was."""
     path, expects = "/kill-switch", "engaged"
-    with connected(service, wait, as_json=as_json) as running:
+    with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         if action is None:
             answer = running.read("GET", path, expects)
         elif action == "engage":

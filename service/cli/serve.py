@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from service.api.hosts import is_loopback
+from service.api.keys import KeysUnusable, read_keys
 from service.cli.options import read_settings, with_settings
 from service.settings import Settings
 
@@ -35,8 +39,14 @@ def serve(**flags: Any) -> None:
 
 
 def _serve(settings: Settings) -> None:
+    # First of all, so that what cannot be right is one clear line at once, before torch is imported.
+    if settings.api_keys is not None:
+        _check_keys(settings.api_keys)
+    listening = _listen(settings)
+    address, port, *_ = listening.getsockname()
+    url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
     import signal
-    import socket
     from types import FrameType
 
     from service import logs, tracing
@@ -50,6 +60,7 @@ def _serve(settings: Settings) -> None:
     import uvicorn
 
     from service.app import create_app
+    from service.cli.connections import protocol
 
     as_json = settings.log_format == "json"
 
@@ -58,13 +69,6 @@ def _serve(settings: Settings) -> None:
             logger.log(level, "%s", message, extra=facts)
         else:
             typer.echo(f"mend: {message}", err=True)
-
-    # Bound here, so that a port that is taken is one clear line, and port 0 is known before the model is loaded.
-    try:
-        listening = socket.create_server((settings.host, settings.port), reuse_port=False)
-    except OSError as error:
-        sys.exit(f"mend: cannot listen on {settings.host}:{settings.port} ({error.strerror}); set MEND_PORT to another")
-    url = f"http://{settings.host}:{listening.getsockname()[1]}"
 
     def ready() -> None:
         if as_json:
@@ -87,12 +91,19 @@ def _serve(settings: Settings) -> None:
             say("stopping when all requests are answered; a second signal stops at once")
             super().handle_exit(sig, frame)
 
-    app = create_app(settings, on_failure=failed, on_ready=ready)
+    # With the address itself, since a name would have to be asked again what it means.
+    app = create_app(settings.model_copy(update={"host": address}), on_failure=failed, on_ready=ready)
     logs.adopt()
-    quiet = "error" if settings.log_level == "error" else "warning"
     config = uvicorn.Config(
-        app, log_config=None, log_level=quiet, access_log=False, timeout_graceful_shutdown=DRAIN_S
-    )  # fmt: skip
+        app,
+        http=protocol(settings.request_timeout_s, settings.max_connections),
+        log_config=None,
+        log_level="error" if settings.log_level == "error" else "warning",
+        access_log=False,  # it would hold the prompts of GET /generate
+        proxy_headers=False,  # whoever asks could choose the address that he is known by
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
     server = Server(config)
     # uvicorn stops in order at a signal, and then raises it once more for whoever handled it before: for nobody.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -121,6 +132,32 @@ def _refusing(flags: Mapping[str, Any]) -> Iterator[None]:
         logs.configure("json", "info")
         logger.critical("%s", end.code.removeprefix("mend: "))
         sys.exit(1)
+
+
+def _check_keys(path: Path) -> None:
+    try:
+        read_keys(path)
+    except KeysUnusable as error:
+        sys.exit(f"mend: {error}")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The socket. Ends the command when it cannot be bound, or would let in everybody without that being meant."""
+    where = f"{settings.host}:{settings.port}"
+    try:
+        found = socket.getaddrinfo(
+            settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+        if settings.api_keys is None and not settings.open_to_all and not is_loopback(address[0]):
+            sys.exit(
+                f"mend: {where} can be reached from elsewhere, and there are no API keys: whoever reaches it could "
+                "change the model. Make keys (mend keys create) and name their file in MEND_API_KEYS, listen on "
+                "127.0.0.1, or, if it is meant to be so, say it once more with MEND_OPEN_TO_ALL=true"
+            )
+        return socket.create_server(address, family=family, reuse_port=False)
+    except OSError as error:
+        sys.exit(f"mend: cannot listen on {where} ({error.strerror}); set MEND_HOST or MEND_PORT to another")
 
 
 def _welcome(url: str) -> str:

@@ -25,6 +25,7 @@ from service.settings import Settings
 from tests.service_fixtures import Folders, find_edits, small_engine
 
 READY_WITHIN_S = 120
+ADDRESS = "http://127.0.0.1:8000"
 
 Serve = Callable[..., AbstractContextManager[TestClient]]
 
@@ -72,7 +73,7 @@ def serve(folders: Folders) -> Serve:
         data_dir: Path, tracer_provider: TracerProvider | None = None, **settings: object
     ) -> Iterator[TestClient]:
         app = create_app(Settings(**{**folders.settings(data_dir), **settings}), tracer_provider=tracer_provider)
-        with TestClient(app, raise_server_exceptions=False) as client:
+        with TestClient(app, ADDRESS, raise_server_exceptions=False) as client:
             wait_until(lambda: client.get("/readyz").status_code == 200 or bool(app.state.service.failure))
             assert app.state.service.failure is None
             yield client

@@ -21,7 +21,7 @@ from service.failpoints import arm
 from service.settings import Settings
 from service.telemetry import EDITS, ROLLBACKS
 from tests.api.answers import assert_problem
-from tests.api.conftest import engine_of, wait_until
+from tests.api.conftest import ADDRESS, engine_of, wait_until
 from tests.api.test_problems import subclasses
 from tests.service_fixtures import never_takes
 
@@ -113,7 +113,7 @@ class TestEdits:
         assert told.of("mend_problems_total") == {"invalid_request": 1}
 
     def test_outcomes_are_told_before_there_are_any(self):
-        with_nothing = figures(TestClient(create_app(Settings())))
+        with_nothing = figures(TestClient(create_app(Settings()), ADDRESS))
         codes = {kind.code for kind in subclasses(EditRefused)} - {"edit_refused", "batch_refused"}
         assert codes <= set(EDITS)
         assert {key[1] for key in with_nothing if key[0] == "mend_edits_total"} == set(EDITS)
@@ -217,7 +217,9 @@ class TestState:
         assert told["process_resident_memory_bytes",] > 0
 
     def test_says_what_is_wrong(self, folders, tmp_path):
-        told = figures(TestClient(create_app(Settings(**folders.settings(tmp_path)))))  # nothing is ever loaded
+        told = figures(
+            TestClient(create_app(Settings(**folders.settings(tmp_path))), ADDRESS)
+        )  # nothing is ever loaded
         assert told["mend_ready",] == 0
         assert {key[1]: value for key, value in told.items() if key[0] == "mend_check_ok"} == {
             "model": 0, "ledger": 0, "durability": 0, "state": 1,
@@ -317,7 +319,7 @@ class TestRequests:
 
 
 def test_applications_of_one_process_share_nothing():
-    one, other = (TestClient(create_app(Settings())) for _ in range(2))
+    one, other = (TestClient(create_app(Settings()), ADDRESS) for _ in range(2))
     before = figures(other)
     one.get("/edits")
     assert figures(one)["mend_problems_total", "not_ready"] == 1

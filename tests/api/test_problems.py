@@ -14,6 +14,7 @@ import editors
 import service
 from editors.errors import EditorsError
 from service.api import generation, openai
+from service.api.callers import AccessRefused
 from service.api.problems import MEDIA_TYPE, STATUS_BY_CODE
 from service.api.routes import router
 from service.app import create_app
@@ -38,10 +39,12 @@ OF_COMMANDS = {
 INSIDE = {"factors_corrupt", "factors_not_held", "already_standing"}
 """Told to a client as `ledger_diverged`, since it is the ledger that holds them."""
 OF_HTTP = {
-    "malformed_body", "invalid_utf8", "not_found", "method_not_allowed", "body_too_large", "invalid_request",
-    "internal_error",
+    "malformed_body", "malformed_request", "headers_too_large", "invalid_utf8", "not_found", "method_not_allowed",
+    "body_too_large", "request_timeout", "invalid_request", "internal_error",
 }  # fmt: skip
 """Not errors of ours, but of what was sent."""
+
+OF_ACCESS = {kind.code for kind in AccessRefused.__subclasses__()}
 
 
 def subclasses(kind: type) -> set[type]:
@@ -62,7 +65,7 @@ class TestCodes:
         elsewhere = BASES | AT_START | OF_COMMANDS | INSIDE
         codes = set(codes_of_errors())
         assert elsewhere <= codes
-        assert codes - elsewhere == set(STATUS_BY_CODE) - OF_HTTP
+        assert codes - elsewhere == set(STATUS_BY_CODE) - OF_HTTP - OF_ACCESS
 
     def test_are_each_of_one_error(self):
         kinds = set.union(*(subclasses(root) for root in (EngineError, LedgerError, EditorsError)))
@@ -84,7 +87,7 @@ def answers(route: APIRoute) -> set[int]:
         return set()
     takes_query = bool(route.dependant.query_params)
     takes_body = bool(route.dependant.body_params)
-    statuses = {503}
+    statuses = {401, 403, 429, 503}
     statuses |= {400, 422} if takes_query or takes_body else set()
     statuses |= {413} if takes_body else set()
     statuses |= {404} if "{" in route.path else set()

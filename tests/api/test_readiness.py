@@ -18,7 +18,7 @@ from service.ledger import RedisLedger, digest_of
 from service.ledger.embedded import _packaged_binary
 from service.settings import Settings
 from tests.api.answers import assert_problem
-from tests.api.conftest import engine_of, wait_until
+from tests.api.conftest import ADDRESS, engine_of, wait_until
 from tests.ledger.entries import stored_in
 from tests.service_fixtures import live_weights, namespace_of, same_bits
 
@@ -39,7 +39,7 @@ def kill_redis(client: TestClient) -> int:
 class TestNotReady:
     def test_every_route_but_the_probes_says_so(self, folders, tmp_path, bodies):
         # Without the lifespan nothing is ever loaded.
-        client = TestClient(create_app(Settings(**folders.settings(tmp_path))), raise_server_exceptions=False)
+        client = TestClient(create_app(Settings(**folders.settings(tmp_path))), ADDRESS, raise_server_exceptions=False)
         for answer in (
             client.post("/edits", json=bodies[0]),
             client.get("/edits"),
@@ -88,7 +88,7 @@ class TestNotReady:
     def test_what_cannot_be_loaded_is_a_failure_in_one_line(self, folders, tmp_path, wrong, says):
         ended: list[bool] = []
         app = create_app(Settings(**{**folders.settings(tmp_path), **wrong}), on_failure=lambda: ended.append(True))
-        with TestClient(app) as client:
+        with TestClient(app, ADDRESS) as client:
             wait_until(lambda: bool(ended))
             assert_problem(client.get("/revision"), "not_ready")
         assert says in app.state.service.failure
@@ -106,7 +106,7 @@ class TestNotReady:
         app = create_app(
             Settings(**{**folders.settings(tmp_path), "editor": str(editor)}), on_failure=lambda: ended.append(True)
         )
-        with TestClient(app):
+        with TestClient(app, ADDRESS):
             wait_until(lambda: bool(ended))
         assert app.state.service.failure
 
@@ -238,7 +238,7 @@ def test_edits_of_another_editor_are_not_given_up_because_none_was_named(serve, 
         assert client.post("/edits", json=bodies[0]).status_code == 201
         editor = engine_of(client).checkpoint.digest
     app = create_app(Settings(**{**folders.settings(tmp_path / "data"), "editor": None}))
-    with TestClient(app):
+    with TestClient(app, ADDRESS):
         wait_until(lambda: bool(app.state.service.failure))
     assert editor[:19] in app.state.service.failure
     advice = app.state.service.failure.rpartition("MEND_EDITOR=")[2]

@@ -63,7 +63,8 @@ class Live:
 
 
 @contextmanager
-def live_service(folder: Path) -> Iterator[Live]:
+def live_service(folder: Path, **more: str) -> Iterator[Live]:
+    """A service on a small model. more: settings, as variables."""
     folders = Folders.write(folder / "model")
     base = load_base_model(str(folders.base_model))
     with EmbeddedRedis(folder / "search") as redis:
@@ -72,7 +73,7 @@ def live_service(folder: Path) -> Iterator[Live]:
         ledger.close()
     settings = folders.settings(Path())
     environment = {f"MEND_{name.upper()}": str(value) for name, value in settings.items() if name != "data_dir"}
-    with serving(folder / "data", folder / "log", **environment, MEND_AUDIT_EVERY_S="0") as server:
+    with serving(folder / "data", folder / "log", **environment, MEND_AUDIT_EVERY_S="0", **more) as server:
         edits = tuple({"prompt": edit.prompt, "correction": edit.correction} for edit in found)
         yield Live(server, str(server.client.base_url).rstrip("/"), edits)
 

@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from editors.base_model import load_base_model
+from service.cli.serve import _listen
 from service.ledger import EmbeddedRedis, RedisLedger
 from service.settings import Settings
 from tests.api.conftest import wait_until
@@ -108,12 +109,45 @@ class TestWillNotStart:
         assert port in said
         assert "MEND_PORT" in said
 
+    def test_without_the_keys_that_it_should_have(self, environment, tmp_path):
+        said = refusal(environment, tmp_path, "--api-keys", str(tmp_path / "keys.json"))
+        assert str(tmp_path / "keys.json") in said
+        assert "mend keys create" in said
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+    def test_for_everybody_unless_it_is_told_twice(self, environment, tmp_path, host):
+        said = refusal(environment, tmp_path, MEND_HOST=host)
+        for way in ("MEND_API_KEYS", "127.0.0.1", "MEND_OPEN_TO_ALL=true"):
+            assert way in said
+
     def test_on_the_data_of_a_service_that_runs(self, environment, live):
         server, data_dir = live
         said = refusal(environment, data_dir)
         assert str(data_dir) in said
         assert str(server.process.pid) in said
         assert server.get("/readyz")["status"] == "ready"
+
+
+class TestListens:
+    """Where, and for whom, by the settings alone."""
+
+    @pytest.fixture
+    def bound(self) -> Iterator[Callable[..., str]]:
+        with ExitStack() as stack:
+            yield lambda **settings: stack.enter_context(_listen(Settings(port=0, **settings))).getsockname()[0]
+
+    @pytest.mark.parametrize(
+        ("host", "address"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("127.0.0.9", "127.0.0.9"),
+                              ("::1", "::1")],
+    )  # fmt: skip
+    def test_to_this_machine_without_being_asked_twice(self, bound, host, address):
+        assert bound(host=host) == address
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+    def test_to_others_when_told_twice_or_with_keys(self, bound, tmp_path, host):
+        with pytest.raises(SystemExit, match="MEND_OPEN_TO_ALL=true"):
+            bound(host=host)
+        assert bound(host=host, open_to_all=True) == bound(host=host, api_keys=tmp_path)
 
 
 class TestStop:

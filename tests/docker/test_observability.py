@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.settings import Settings
-from tests.api.conftest import wait_until
+from tests.api.conftest import ADDRESS, wait_until
 from tests.service_fixtures import Folders, never_takes, save_base, save_completed_editor
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -46,7 +46,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     save_completed_editor(folders.editor, save_base(folders.base_model))
     folders.guard_prompts.write_text("The language of Italy is\n")
     app = create_app(Settings(**folders.settings(folder / "data")))
-    with TestClient(app) as client:
+    with TestClient(app, ADDRESS) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         client.get("/generate", params={"prompt": "The capital of", "max_new_tokens": 2})
         client.get("/edits/audit")

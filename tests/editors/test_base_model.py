@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -135,6 +137,48 @@ class TestLoad:
         assert packaged_folder(tmp_path / "cache") == cached
         loaded = load_base_model(device="cpu", cache_dir=tmp_path / "cache")
         assert (loaded.ref, loaded.digest) == (DEFAULT_MODEL, small_base().digest)
+
+
+class TestOnlyWhatRunsNothing:
+    """A folder from strangers is data: no pickles, and no code that comes with it."""
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+    def test_pickled_weights_are_refused_before_they_are_opened(self, folder, name):
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(pickle.dumps(Bomb(folder)))
+        with pytest.raises(BaseModelUnreadable, match=rf"its weights as {name}, a pickle, which can run code"):
+            load_base_model(str(folder), device="cpu")
+        assert not (folder / "went off").exists()
+
+    def test_pickled_weights_beside_others_are_not_opened(self, folder):
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder)))
+        assert load_base_model(str(folder), device="cpu").digest == small_base().digest
+        assert not (folder / "went off").exists()
+
+    def test_an_adapter_that_names_another_model_is_refused(self, folder, tmp_path):
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "other")}))
+        with pytest.raises(BaseModelUnreadable, match="holds an adapter"):
+            load_base_model(str(folder), device="cpu")
+
+    def test_code_that_comes_with_a_model_is_refused(self, folder):
+        (folder / "mine.py").write_text(f"open({str(folder / 'went off')!r}, 'w')")
+        config = json.loads((folder / "config.json").read_text())
+        del config["model_type"]
+        config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(BaseModelUnreadable):
+            load_base_model(str(folder), device="cpu")
+        assert not (folder / "went off").exists()
+
+
+class Bomb:
+    """An object whose pickle writes a file when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self):
+        return (open, (str(self._folder / "went off"), "w"))
 
 
 class TestDigest:
