@@ -136,7 +136,7 @@ class TestAClientThatLeaves:
         raw = json.dumps(body).encode()
         with socket.create_connection((address.hostname, address.port)) as connection:
             connection.sendall(
-                b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw)
             )
             until(connection)

@@ -13,8 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from service.api.keys import changed
 from service.app import create_app
 from service.settings import Settings
+from tests.api.test_keys import made
 from tests.conformance.snapshot import SNAPSHOT, written
 
 HERE = Path(__file__).parent
@@ -36,14 +38,19 @@ def conform(folder: Path, seconds: int, seed: int | None = None) -> int:
     """The exit status of Schemathesis. Its report goes to stdout, the service's log into the folder."""
     from tests.cli.running import live_service
 
-    with live_service(folder) as live:
+    keys = folder / "keys.json"
+    with changed(keys) as held:
+        token, key = made("conformance", "admin")
+        held.append(key)
+    with live_service(folder, MEND_API_KEYS=str(keys)) as live:
         said = subprocess.run(
             [
                 sys.executable, "-m", "schemathesis.cli", "--config-file", HERE / "schemathesis.toml",
                 "run", f"{live.url}/openapi.json", "--max-time", str(seconds), "--continue-on-failure",
-                "--request-timeout", "60", *(() if seed is None else ("--seed", str(seed))),
+                "--request-timeout", "60", "--header", f"Authorization: Bearer {token}", *(() if seed is None else ("--seed", str(seed))),
             ],
-            env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.conformance.hooks"},
+            env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.conformance.hooks", "PYTHONPATH": str(HERE.parents[1])},
+            cwd=folder,
             check=False,
         )  # fmt: skip
     return said.returncode

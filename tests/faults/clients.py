@@ -111,13 +111,13 @@ class Ask:
     @property
     def entries(self) -> list[tuple[str, str | None]]:
         """What the ledger must hold of it: the kind of each entry, and the id of its edit if it is of one."""
+        if self.kind == "restore" and self.answers and self.answers[0].status < 400:
+            return [("restored", None)]  # of a request with a key, also where it changes nothing
         if self.verdict != "made":
             return []
         body = self.answers[0].body
         if self.kind == "rollback":
             return [("rolled_back", body["id"])]
-        if self.kind == "restore":
-            return [("restored", None)]
         edits = body["edits"] if self.kind == "batch" else [body]
         return [("applied", edit["id"]) for edit in edits if edit["status"] == "applied"]
 
