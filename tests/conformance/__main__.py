@@ -47,7 +47,8 @@ def conform(folder: Path, seconds: int, seed: int | None = None) -> int:
             [
                 sys.executable, "-m", "schemathesis.cli", "--config-file", HERE / "schemathesis.toml",
                 "run", f"{live.url}/openapi.json", "--max-time", str(seconds), "--continue-on-failure",
-                "--request-timeout", "60", "--header", f"Authorization: Bearer {token}", *(() if seed is None else ("--seed", str(seed))),
+                "--request-timeout", "60", "--header", f"Authorization: Bearer {token}",
+                *(() if seed is None else ("--seed", str(seed))),
             ],
             env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.conformance.hooks", "PYTHONPATH": str(HERE.parents[1])},
             cwd=folder,
