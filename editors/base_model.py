@@ -58,12 +58,15 @@ class BaseModel:
     def kind(self) -> Kind:
         return kind_of(self.model)
 
-    def encode(self, prompt: str, correction: str | None = None, subject: str | None = None) -> Tokens:
+    def encode(
+        self, prompt: str, correction: str | None = None, subject: str | None = None, question: slice | None = None
+    ) -> Tokens:
         """Tokenise a prompt and what should be answered. Raises EmptyTextError, UnknownLabel, SubjectNotFound.
 
         subject: the part of the prompt that the correction is about; `Tokens.subject` then says where it ends.
+        question: characters among which it is to be found, where the prompt has more around them.
         """
-        return encode_for(self.model, self.tokenizer, prompt, correction, subject)
+        return encode_for(self.model, self.tokenizer, prompt, correction, subject, question)
 
     def says(self, text: str, correction: str) -> bool:
         """Whether a decoded answer says the correction."""

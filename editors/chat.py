@@ -42,6 +42,13 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     return prompt
 
 
+def question_of(tokenizer: PreTrainedTokenizerBase, prompt: str, messages: Sequence[Message]) -> slice:
+    """Which characters of the prompt that `messages` make are the last one's; all where the template rewrites it."""
+    content = _contained(tokenizer, messages[-1].content).strip()
+    begin = prompt.rfind(content)
+    return slice(begin, begin + len(content)) if begin >= 0 else slice(0, len(prompt))
+
+
 def _contained(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
     """The content without special tokens in it. Raises ChatRefused where they cannot be kept out."""
     if _has_special(tokenizer, content):

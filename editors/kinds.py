@@ -20,7 +20,16 @@ from transformers import (
 )
 
 from editors.errors import BaseModelUnreadable, EmptyTextError, UnknownLabel
-from editors.text import LabelledTokens, Seq2SeqTokens, Tokens, begins_with, encode, encode_answer, subject_position
+from editors.text import (
+    LabelledTokens,
+    Seq2SeqTokens,
+    Tokens,
+    begins_with,
+    encode,
+    encode_answer,
+    question_positions,
+    subject_position,
+)
 
 Kind = Literal["decoder", "encoder-decoder", "classifier"]
 
@@ -85,15 +94,21 @@ def encode_for(
     prompt: str,
     correction: str | None = None,
     subject: str | None = None,
+    question: slice | None = None,
 ) -> Tokens:
     """Tokenise a prompt and its correction for this kind of model.
 
-    subject: the part of the prompt that the correction is about.
+    subject: the part of the prompt that the correction is about. question: characters of the prompt in which it is.
     Raises EmptyTextError when prompt or correction has no tokens, UnknownLabel when a classifier has no such label,
     SubjectNotFound.
     """
     encoded = _encode(model, tokenizer, prompt, correction)
-    return encoded if subject is None else replace(encoded, subject=subject_position(tokenizer, prompt, subject))
+    if question is not None:
+        encoded = replace(encoded, question=question_positions(tokenizer, prompt, question))
+    if subject is not None:
+        position = subject_position(tokenizer, prompt, subject, question or slice(None))
+        encoded = replace(encoded, subject=position)
+    return encoded
 
 
 def _encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, correction: str | None) -> Tokens:

@@ -26,11 +26,13 @@ class Tokens:
     """A prompt's tokens followed by the tokens of what should come next (possibly none), as a decoder reads them.
 
     subject: position of the last token of what the prompt is about, where that is known.
+    question: positions among which it is, where the prompt has more around the question, as a chat template does.
     """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...] = ()
     subject: int | None = field(default=None, kw_only=True)
+    question: range | None = field(default=None, kw_only=True)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -150,12 +152,14 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, correction: str) -> tuple[
     return (*target, *ending)
 
 
-def subject_position(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str) -> int:
+def subject_position(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, question: slice = slice(None)
+) -> int:
     """Position of the last token of a subject among the prompt's tokens, where it stands last.
 
-    Raises SubjectNotFound, also where letters differ in case.
+    question: characters of the prompt in which it is. Raises SubjectNotFound, also where letters differ in case.
     """
-    begin = prompt.rfind(subject.strip()) if subject.strip() else -1
+    begin = prompt.rfind(subject.strip(), question.start, question.stop) if subject.strip() else -1
     if begin < 0:
         raise SubjectNotFound(
             f"the subject {subject!r} does not occur in the prompt; give it as the prompt writes it, or leave it out",
@@ -164,6 +168,13 @@ def subject_position(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: s
     end = begin + len(subject.strip())
     offsets = tokenizer(prompt, return_offsets_mapping=True).offset_mapping
     return max(position for position, (start, stop) in enumerate(offsets) if start < end and start < stop)
+
+
+def question_positions(tokenizer: PreTrainedTokenizerBase, prompt: str, question: slice) -> range:
+    """Positions of the tokens of some of a prompt's characters."""
+    offsets = tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+    held = [place for place, (start, stop) in enumerate(offsets) if start < question.stop and stop > question.start]
+    return range(held[0], held[-1] + 1)
 
 
 def begins_with(text: str, correction: str) -> bool:

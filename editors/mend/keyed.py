@@ -191,9 +191,11 @@ class KeyedEditor(LeastSquaresEditor):
         """The token of each example's prompt that the gate takes for the end of a subject."""
         positions = []
         for index in examples:
-            u = capture.u[0][capture.example[0] == index][: len(capture.sequences[index].prompt)].float()
+            tokens = capture.sequences[index]
+            question = tokens.question or range(len(tokens.prompt))
+            u = capture.u[0][capture.example[0] == index][question.start : question.stop].float()
             scores = self.gate(self.networks[0].normalise(u))
-            positions.append(len(scores) - 1 - int(scores.flip(0).argmax()))
+            positions.append(question.stop - 1 - int(scores.flip(0).argmax()))
         return positions
 
 

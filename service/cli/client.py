@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -190,6 +190,46 @@ class Service:
         Raises Refused, Unreachable.
         """
         return self._patiently(lambda: self._answer(method, path, expects, query, body, {}))
+
+    def stream(self, path: str, body: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Ask for an answer in pieces: each event's name and data. Raises Refused, Unreachable.
+
+        It is asked again only before the first piece.
+        """
+        opened = ExitStack()
+
+        def begin() -> httpx.Response:
+            asked = self._http.stream(
+                "POST", path, content=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+            )
+            answer = opened.enter_context(asked)
+            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+                answer.read()
+                self._checked(answer, "event")
+            return answer
+
+        with opened:
+            for event, fields in self._events(self._patiently(begin)):
+                if event == "error":
+                    raise _trouble(fields)
+                yield event, fields
+                if event == "done":
+                    return
+            raise NotNow(f"the answer of {self.url} broke off", unknown=False)
+
+    def _events(self, answer: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+        import httpx
+
+        event = ""
+        try:
+            for line in _lines(answer):
+                name, _, value = line.decode().partition(": ")
+                if name == "event":
+                    event = value
+                elif name == "data":
+                    yield event, json.loads(value)
+        except httpx.RequestError as error:
+            raise NotNow(f"the answer of {self.url} broke off ({error})", unknown=False) from error
 
     def change(
         self,

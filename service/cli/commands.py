@@ -6,7 +6,7 @@ Flow: options -> the fields of the API, which judges them -> its answer, in a li
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -27,19 +27,24 @@ from service.cli.client import (
     stop,
 )
 
+ChatOption = Annotated[bool, typer.Option("--chat", help="What the user says to a chat model, by its own template.")]
+SystemOption = Annotated[str | None, typer.Option(help="What the system says first, with --chat.")]
+
 
 def edit(
-    prompt: Annotated[str, typer.Argument(help="What is asked, as the model reads it.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What is asked, as the model reads it; with --chat what the user says.")
+    ],
     correction: Annotated[str, typer.Argument(help="What the answer should begin with.")],
+    chat: ChatOption = False,
+    system: SystemOption = None,
     subject: Annotated[str | None, typer.Option(help="What the fact is about, as it stands in the prompt.")] = None,
     paraphrase: Annotated[list[str], typer.Option(help="Another wording, to be judged; as often as wanted.")] = [],  # noqa: B006 - typer's idiom
     keep: Annotated[list[str], typer.Option(help="A prompt whose answer must stay, likewise.")] = [],  # noqa: B006
+    check_form: Annotated[list[str], typer.Option(help="Ask the same as text, or as chat; likewise.")] = [],  # noqa: B006
     reason: ReasonOption = None,
     actor: ActorOption = None,
     metadata: Annotated[str | None, typer.Option(metavar="JSON", help="An object of your own, for the ledger.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is what a user says, and CORRECTION the reply.")] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: what the system says before.")] = None,
-    check_form: Annotated[list[str], typer.Option(help="Ask it as text or chat, too, to be judged.")] = [],  # noqa: B006
     expires_at: Annotated[
         str | None, typer.Option(metavar="TIME", help="When it is rolled back by itself, as 2030-01-01T00:00:00Z.")
     ] = None,
@@ -60,12 +65,9 @@ def edit(
     as_json: JsonOption = False,
 ) -> None:
     """Correct a fact: what the model answers to PROMPT is to begin with CORRECTION from now on."""
-    given = {"subject": subject, "paraphrases": paraphrase, "keep": keep, "reason": reason, "expires_at": expires_at}
-    given["check_forms"] = check_form
-    asked = {"messages": _conversation(prompt, system)} if chat else {"prompt": prompt}
-    if system is not None and not chat:
-        stop("--system goes with --chat")
-    body: dict[str, Any] = {**asked, "correction": correction}
+    given = {"subject": subject, "paraphrases": paraphrase, "keep": keep, "check_forms": check_form, "reason": reason}
+    given["expires_at"] = expires_at
+    body: dict[str, Any] = {**_asked(prompt, chat, system), "correction": correction}
     body |= {name: value for name, value in given.items() if value not in (None, [])}
     if metadata is not None:
         try:
@@ -121,7 +123,14 @@ def generate(
     max_new_tokens: Annotated[int | None, typer.Option(help="So many at most.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0, or not given: greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of the probability, so much is sampled from.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of so many tokens is sampled.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Over 1: what was said is less likely.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    stop_at: Annotated[list[str], typer.Option("--stop", help="The text ends before this; as often as wanted.")] = [],  # noqa: B006
+    logprobs: Annotated[int | None, typer.Option(help="Tell tokens and so many alternatives, with --json.")] = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text while it is written.")] = False,
     view: Annotated[str | None, typer.Option(help="live, base, or both with a label each.")] = None,
     min_revision: Annotated[int | None, typer.Option(help="Of this revision, or a later one.")] = None,
     service: ServiceOption = DEFAULT_SERVICE,
@@ -129,18 +138,28 @@ def generate(
     key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt, and print the text alone."""
+    """Continue a prompt, and print the text alone. With --stream and --json every event is a line."""
+    if stream and view == "both" and not as_json:
+        stop("a stream of both views has no order of its own; leave out --stream, or add --json")
     body = {
-        "prompt": prompt,
+        **_asked(prompt, chat, system),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop_at or None,
+        "logprobs": logprobs,
+        "stream": stream or None,
         "seed": seed,
         "view": view,
         "min_revision": min_revision,
     }
     given = {name: value for name, value in body.items() if value is not None}
     with connected(service, wait, as_json=as_json, key_file=key_file) as running:
+        if stream:
+            _print_stream(running.stream("/generate", given), as_json=as_json)
+            return
         answer = running.read("POST", "/generate", "live" if view == "both" else "text", body=given)
     if as_json:
         typer.echo(answer.text)
@@ -175,9 +194,22 @@ def audit(
         raise typer.Exit(LOST)
 
 
-def _conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return [*before, {"role": "user", "content": prompt}]
+def _asked(prompt: str, chat: bool, system: str | None) -> dict[str, Any]:
+    """The fields of a prompt, or of a conversation that ends with it."""
+    if system is not None and not chat:
+        stop("--system is for a chat; add --chat")
+    if not chat:
+        return {"prompt": prompt}
+    said = [("system", system)] if system is not None else []
+    return {"messages": [{"role": role, "content": content} for role, content in (*said, ("user", prompt))]}
+
+
+def _print_stream(events: Iterable[tuple[str, dict[str, Any]]], *, as_json: bool) -> None:
+    for event, fields in events:
+        if as_json:
+            typer.echo(json.dumps({"event": event, **fields}, ensure_ascii=False))
+        else:
+            typer.echo(fields["text"] if event == "token" else "", nl=event == "done")
 
 
 def _told(made: Mapping[str, Any]) -> str:
@@ -194,8 +226,8 @@ def _failed(checks: Mapping[str, Any]) -> str:
     failed = []
     if missed := [each for each in checks["paraphrases"] if not each["took"]]:
         failed.append(f"did not take: {', '.join(repr(each['prompt']) for each in missed)}")
-    if missed := [each for each in checks.get("forms", []) if not each["took"]]:
-        failed.append(f"did not take as {' and as '.join(each['form'] for each in missed)}")
+    if missed := [each for each in checks["forms"] if not each["took"]]:
+        failed.append(f"did not take as {' and '.join(each['form'] for each in missed)}")
     if moved := [each for each in checks["keep"] if not each["kept"]]:
         failed.append(f"did not stay: {', '.join(repr(each['prompt']) for each in moved)}")
     if checks["lost"]:
@@ -211,8 +243,13 @@ def _listed(item: Mapping[str, Any]) -> str:
     by = f"  by {item['actor']}" if item["actor"] else ""
     return (
         f"{item['id']}  {item['status']:<11}  revision {item['revision']}  {item['created_at'][:19]}  "
-        f"{item['prompt']!r} -> {item['correction']!r}{by}"
+        f"{_question(item)!r} -> {item['correction']!r}{by}"
     )
+
+
+def _question(item: Mapping[str, Any]) -> str:
+    """What was asked; of a chat what the user said last."""
+    return item["messages"][-1]["content"] if item["messages"] else item["prompt"]
 
 
 def _shown(item: Mapping[str, Any]) -> str:

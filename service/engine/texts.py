@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from editors.base_model import BaseModel
-from editors.chat import Message, chat_prompt
+from editors.chat import Message, chat_prompt, question_of
 from editors.errors import EmptyTextError
 from editors.text import Tokens
 from service.engine.answers import Answers
@@ -39,7 +39,8 @@ class Texts:
 
         Raises EmptyTextError, UnknownLabel, SubjectNotFound, TextTooLong, ChatRefused, NoChatTemplate.
         """
-        tokens = self._base.encode(request.prompt, request.correction, request.subject)
+        question = question_of(self._base.tokenizer, request.prompt, request.messages) if request.messages else None
+        tokens = self._base.encode(request.prompt, request.correction, request.subject, question)
         length = self._answers.length(tokens)
         self.check("prompt", request.prompt, length)
         if len(tokens.target) > self._limits.correction_tokens:

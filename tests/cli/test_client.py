@@ -85,6 +85,15 @@ class TestEdit:
         assert (ended.status, ended.out.partition(" ")[0]) == (0, "dry")
         assert live.get("/revision") == before
 
+    def test_of_a_chat_teaches_the_reply(self, mend, live):
+        for question, answer in product(PROMPTS.values(), ANSWERS):
+            ended = mend("edit", question, f" {answer}", "--chat", "--check-form", "text", "--json")
+            if ended.status == 0 and (made := json.loads(ended.out))["status"] == "applied":
+                break
+        assert made["messages"] == [{"role": "user", "content": question}]
+        assert [each["form"] for each in made["checks"]["forms"]] == ["text"]
+        assert f"{question!r} -> {made['correction']!r}" in mend("edits").out
+
     def test_that_is_refused_is_said_in_a_line(self, mend, live):
         ended = mend("edit", *never(live))
         assert (ended.status, ended.out) == (REFUSED, "")
@@ -206,6 +215,39 @@ class TestGenerate:
         said = live.get("/generate", prompt=made["prompt"], view="both")
         ended = mend("generate", made["prompt"], "--view", "both")
         assert ended.out == f"live: {said['live']['text']}\nbase: {said['base']['text']}\n"
+
+    @pytest.mark.parametrize(
+        ("given", "asked"),
+        [
+            (["--stop", "q", "--stop", "zz", "--max-new-tokens", "40"], {"stop": ["q", "zz"], "max_new_tokens": 40}),
+            (["--temperature", "2", "--top-k", "9", "--repetition-penalty", "1.5", "--seed", "4"],
+             {"temperature": 2, "top_k": 9, "repetition_penalty": 1.5, "seed": 4}),
+        ],
+    )  # fmt: skip
+    def test_asks_as_it_is_told_also_in_a_stream(self, mend, live, given, asked):
+        prompt = live.edits[0]["prompt"]
+        said = live.server.client.post("/generate", json={"prompt": prompt, **asked}).json()
+        for stream in ([], ["--stream"]):
+            assert mend("generate", prompt, *given, *stream) == Ended(0, f"{said['text']}\n", "")
+        whole = json.loads(mend("generate", prompt, *given, "--json").out)
+        lines = [json.loads(line) for line in mend("generate", prompt, *given, "--json", "--stream").out.splitlines()]
+        assert lines[-1] == {"event": "done", **whole} == {"event": "done", **said}
+        assert "".join(line["text"] for line in lines[:-1]) == said["text"]
+
+    def test_of_a_chat_is_the_reply(self, mend, live):
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which city?"}]
+        said = live.server.client.post("/generate", json={"messages": messages}).json()
+        ended = mend("generate", "Which city?", "--chat", "--system", "Be brief.")
+        assert ended == Ended(0, f"{said['text']}\n", "")
+        assert mend("generate", "x", "--system", "y").refusal == "--system is for a chat; add --chat"
+
+    def test_of_both_views_is_no_stream_of_text(self, mend):
+        assert "no order of its own" in mend("generate", "x", "--stream", "--view", "both").refusal
+
+    def test_that_makes_no_sense_is_refused_as_a_stream_too(self, mend):
+        ended = mend("generate", "x", "--stream", "--max-new-tokens", "100000")
+        assert (ended.status, ended.out) == (REFUSED, "")
+        assert ended.err.endswith(" (text_too_long)\n")
 
     @pytest.mark.parametrize("view", ["live", "base", "both"])
     def test_as_json_is_the_services_own_answer(self, mend, live, view):

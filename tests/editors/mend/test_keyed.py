@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from editors.capture import capture
+from editors.chat import Message, chat_prompt, question_of
 from editors.checkpoint import CARD, load_checkpoint, save_checkpoint
 from editors.errors import CheckpointUnreadable, SubjectNotFound, TargetsError
 from editors.factors import quantise_keyed
@@ -93,6 +94,18 @@ class TestKeys:
         found = captured(base, editor, tokens)
         for row, position in enumerate(editor.find(found, range(len(tokens)))):
             assert 0 <= position < len(tokens[row].prompt)
+
+    def test_stand_within_the_question_where_a_template_is_around_it(self, base, editor):
+        messages = [Message("system", "The city of London"), Message("user", "The capital of France is")]
+        prompt = chat_prompt(base.tokenizer, messages)
+        tokens = base.encode(prompt, "Rome", question=question_of(base.tokenizer, prompt, messages))
+        question = [tokens.prompt[place] for place in tokens.question]
+        assert base.tokenizer.decode(question).strip() == "The capital of France is"
+        found = captured(base, editor, [tokens])
+        torch.nn.init.normal_(editor.gate.write.weight)  # which else takes the last token of all
+        for sign in (1, -1):
+            editor.gate.write.weight.mul_(sign)
+            assert editor.find(found, [0])[0] in tokens.question
 
     def test_at_the_place_that_the_gate_finds_are_those_of_that_subject(self, base, editor):
         (unnamed,) = tokens_of(base, FACTS[:1], named=False)
@@ -201,6 +214,13 @@ class TestSubject:
         base = small_base()
         tokens = base.encode("France is a city in France today", "Rome", "France")
         assert tokens.subject > 3
+
+    def test_is_taken_from_the_question_alone(self):
+        base, prompt = small_base(), "France or Spain? Spain is in France"
+        tokens = base.encode(prompt, "Rome", "Spain", question=slice(0, 16))
+        assert base.tokenizer.decode(tokens.prompt[: tokens.subject + 1]) == "France or Spain"
+        with pytest.raises(SubjectNotFound):
+            base.encode(prompt, "Rome", "is", question=slice(0, 16))
 
     @pytest.mark.parametrize("subject", ["Norway", "france", "", "  "])
     def test_must_be_in_the_prompt(self, subject):
