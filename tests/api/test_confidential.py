@@ -52,6 +52,10 @@ def talk(client: TestClient, bodies: tuple[dict, ...]) -> list[str]:
     assert "batch_refused" in client.post("/edits/batch", content=lines, headers={
         "content-type": "application/x-ndjson"}).text  # fmt: skip
     answer = client.get("/generate", params={"prompt": f"{MARKER} in", "view": "both"}).json()
+    model = client.get("/v1/models").json()["data"][0]["id"]
+    client.post("/v1/completions", json={"model": model, "prompt": f"{MARKER} by", "max_tokens": 2})
+    client.post("/v1/completions", json={"model": MARKER, "prompt": MARKER})
+    client.get("/generate", params={"prompt": f"{MARKER} as", "stream": True})
     client.post("/generate", json={"prompt": f"{MARKER} of"})
     client.post("/generate", json={"prompt": f"{MARKER} as", "no such field": MARKER})
     client.post("/generate", content=f'{{"prompt": "{MARKER} broken', headers={"content-type": "application/json"})
@@ -73,11 +77,11 @@ def test_nothing_that_was_said_is_in_the_log(client, bodies, log):
 def test_it_is_there_where_it_is_asked_for(client, bodies, log, asked):
     talk(client, bodies)
     noted = {record.getMessage(): record for record in log.records if record.name == "mend.prompts"}
-    assert set(noted) == {"edit", "batch", "generate"}
+    assert set(noted) == {"edit", "batch", "generate", "answer"}
     assert noted["edit"].prompt == f"{MARKER} is"
     assert noted["batch"].edits[1]["prompt"] == f"{MARKER} is"
     assert noted["generate"].prompt == f"{MARKER} of"
-    assert noted["generate"].text
+    assert noted["answer"].text
     assert f"{MARKER} of" in logged(log)
 
 
