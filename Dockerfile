@@ -1,7 +1,7 @@
 # The service on a CPU, or with DEVICE=cuda on NVIDIA's GPUs:
 #   docker build --tag mend-service .
 #   docker build --tag mend-service:cuda --build-arg DEVICE=cuda .
-#   docker run --init --publish 127.0.0.1:8000:8000 --volume mend:/var/lib/mend mend-service
+#   docker run --init --publish 127.0.0.1:8000:8000 --volume mend:/var/lib/mend --env MEND_OPEN_TO_ALL=true mend-service
 # Where no registry can be reached: docker/build-without-registry.sh.
 #
 # What changes seldom comes first: a change of code neither installs torch again nor sends it to a registry again.

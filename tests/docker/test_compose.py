@@ -11,6 +11,7 @@ from contextlib import closing
 
 import pytest
 import redis
+import yaml
 
 from service.cli.serve import DRAIN_S
 from service.ledger.durability import Durability
@@ -95,8 +96,16 @@ def test_replicas_are_the_one_service_thrice_without_its_port():
         each["environment"] = {name: value for name, value in each["environment"].items() if name not in apart}
     del one["ports"]
     for replica in replicas.values():
-        assert replica.pop("networks") == {"default": {"aliases": ["mend"]}}
+        del replica["networks"]
         assert replica == one
+
+
+def test_prometheus_finds_every_service():
+    (job,) = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
+    ((name,),) = (found["names"] for found in job["dns_sd_configs"])
+    assert [*mends("compose.yaml")] == [name]
+    for replica in mends("compose.replicas.yaml").values():
+        assert name in replica["networks"]["default"]["aliases"]
 
 
 def test_the_files_are_of_one_project_and_say_how_they_are_started():
