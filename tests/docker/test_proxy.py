@@ -99,6 +99,7 @@ class Upstream(ThreadingHTTPServer):
 
 class Answering(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Upstream
 
     def do_GET(self) -> None:
@@ -292,6 +293,10 @@ def test_three_services_are_as_one_while_one_of_them_is_left(tmp_path):
         lines = json.dumps({"prompt": made["prompt"], "correction": made["correction"]})
         batch = proxied.post("/edits/batch", content=lines, headers={"content-type": "application/x-ndjson"})
         assert [*json.loads(batch.text.splitlines()[-1])] == ["batch"]
+
+        with proxied.stream("GET", "/generate", params={"prompt": "The", "max_new_tokens": 8, "stream": True}) as told:
+            assert told.headers["content-type"].startswith("text/event-stream")
+            assert len([line for line in told.iter_lines() if line.startswith("data:")]) > 2
 
         # One is killed: nobody notices.
         killed.kill()
