@@ -97,7 +97,7 @@ WORKDIR /var/lib/mend
 VOLUME /var/lib/mend
 EXPOSE 8000
 
-HEALTHCHECK --interval=10s --timeout=5s --start-period=3m --retries=3 CMD ["python", "/opt/healthcheck.py"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["python", "/opt/healthcheck.py"]
 
 # SIGTERM reaches the service itself, which lets requests end for 30 s: give it longer than that.
 STOPSIGNAL SIGTERM
