@@ -22,7 +22,7 @@ usage_evaluate = make evaluate DATA=validation.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test faults load lint train evaluate bench bench-many lock clean
+.PHONY: help setup serve test faults load conformance lint train evaluate bench bench-many lock clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ faults: $(STAMP) ## Kill, freeze and starve services 200 times, and look for los
 load: $(STAMP) ## Ten minutes of edits and generations at once: figures, errors, growth of memory
 	$(PY) -m pip install --quiet --editable '.[load]'
 	$(PY) -m tests.load $(ARGS)
+
+conformance: $(STAMP) ## Ten minutes of everything that the OpenAPI document allows, and of what it does not
+	OMP_NUM_THREADS=1 $(PY) -m tests.conformance $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting, imports, the Dockerfile, and the pins for known vulnerabilities
 	$(VENV)/bin/hadolint Dockerfile
