@@ -128,8 +128,8 @@ class EditBody(StrictRequest):
     def _asks_in_one_way(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either a prompt or messages")
-        if self.messages and self.messages[-1].role != "user":
-            raise ValueError("the last of the messages must be the user's")
+        if self.messages and (self.messages[-1].role != "user" or not self.messages[-1].content.strip()):
+            raise ValueError("the last of the messages must be the user's, and have some words")
         return self
 
     @field_validator("check_forms")

@@ -188,6 +188,7 @@ class BatchItem(BaseModel):
     status: ItemStatus
     prompt: str
     correction: str
+    messages: list[ChatMessage] | None = None
     id: str | None = None
     revision: int | None = None
     scale: float | None = None

@@ -136,4 +136,7 @@ def checks_of_all(last: Applied) -> dict[str, JsonValue]:
 
 
 def _asked(index: int, request: EditRequest | Applied, status: ItemStatus) -> dict[str, JsonValue]:
-    return {"index": index, "status": status, "prompt": request.prompt, "correction": request.correction}
+    asked = {"index": index, "status": status, "prompt": request.prompt, "correction": request.correction}
+    if request.messages:
+        asked["messages"] = [{"role": each.role, "content": each.content} for each in request.messages]
+    return asked
