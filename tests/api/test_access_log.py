@@ -255,7 +255,7 @@ class TestOverSockets:
 
     def test_a_client_that_does_not_wait_is_told_as_such(self, sockets, log):
         with socket.create_connection(sockets.address) as gone:
-            gone.sendall(b"GET /slow HTTP/1.1\r\nHost: a\r\nX-Request-Id: mine\r\n\r\n")
+            gone.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: mine\r\n\r\n")
             sockets.waiting.wait(60)
         threading.Timer(0.2, sockets.go_on.set).start()
         wait_until(lambda: bool(requests(log)))
@@ -265,7 +265,7 @@ class TestOverSockets:
 
     def test_a_client_that_leaves_before_it_has_sent_all_is_told_as_such(self, sockets, log):
         with socket.create_connection(sockets.address) as gone:
-            gone.sendall(b"POST /reads HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf")
+            gone.sendall(b"POST /reads HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nhalf")
         wait_until(lambda: bool(requests(log)))
         assert [(line["route"], line["status"]) for line in log()] == [("/reads", 499)]
 
