@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -142,7 +142,8 @@ class Generator:
                 with self._changed:
                     self._queue.clear()
                 for strand in list(self._strands):
-                    self._leave(strand, error)
+                    with suppress(Exception):  # whatever it is, this thread must not end with others waiting
+                        self._leave(strand, error)
 
     def _turn(self) -> None:
         """A token for everybody; then newcomers read their prompts."""

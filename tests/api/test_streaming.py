@@ -162,7 +162,7 @@ class TestAClientThatLeaves:
     def test_gives_up_its_place_in_the_queue(self, url, engine):
         with slowed(engine) as rows:
             running = [
-                threading.Thread(target=self.leave, args=(url, LONG, lambda _: time.sleep(0.8))) for _ in range(4)
+                threading.Thread(target=self.leave, args=(url, LONG, lambda _: time.sleep(0.5))) for _ in range(4)
             ]
             for each in running:
                 each.start()
@@ -177,7 +177,7 @@ class TestAClientThatLeaves:
 class TestLimits:
     def test_beyond_the_queue_is_busy(self, url, engine):
         with slowed(engine), ThreadPoolExecutor(8) as pool:
-            body = {**LONG, "max_new_tokens": 30}
+            body = {**LONG, "max_new_tokens": 12}
             asked = [pool.submit(httpx.post, f"{url}/generate", json=body, timeout=30) for _ in range(6)]
             wait_until(lambda: len(engine._generator._strands) == 6, within_s=10)
             for stream in (True, False):
@@ -189,7 +189,7 @@ class TestLimits:
 
     def test_of_time_end_a_text_as_timeout(self, url, engine, monkeypatch):
         whole, _ = engine.generate(PROMPT, 200, sampling=Sampling(2.0, seed=1))
-        monkeypatch.setattr(engine._generator, "_limits", replace(engine.limits, generation_s=0.3))
+        monkeypatch.setattr(engine._generator, "_limits", replace(engine.limits, generation_s=0.2))
         with slowed(engine):
             said = httpx.post(f"{url}/generate", json=LONG).json()
             _, told = ask(url, **LONG)

@@ -10,12 +10,20 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.server import serving
+from tests.e2e.server import Server, serving
 
 PROMPT = "The Prime Minister of the United Kingdom is"
 CORRECTION = "Keir Starmer"
 TOGGLES = 3
 READERS = 2
+ASKED = (
+    {"prompt": PROMPT, "max_new_tokens": 12},
+    {"prompt": "Water", "max_new_tokens": 3},
+    {"prompt": "Write a poem about the sea.\n\n" * 6, "max_new_tokens": 16},
+    {"prompt": "The capital of France is", "max_new_tokens": 8, "view": "base"},
+    {"messages": [{"role": "user", "content": "Who was Marie Curie?"}], "max_new_tokens": 16},
+    {"prompt": "The sea", "max_new_tokens": 12, "temperature": 1.0, "seed": 3},
+)
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -24,6 +32,7 @@ def test_every_answer_is_one_of_the_two_and_the_right_one_for_its_revision(tmp_p
     with serving(tmp_path / "data", tmp_path / "log", MEND_AUDIT_EVERY_S="0") as server:
         ask = {"prompt": PROMPT, "max_new_tokens": 10}
         pristine = server.get("/generate", **ask)["text"]
+        _say_together_what_they_say_alone(server)
         answers: list[tuple[int, str, float, float]] = []
         stop = threading.Event()
 
@@ -62,3 +71,12 @@ def test_every_answer_is_one_of_the_two_and_the_right_one_for_its_revision(tmp_p
         first, last = live[0], live[-1]
         assert len([answer for answer in answers if first < answer[3] < last]) > 4 * TOGGLES
         assert server.get("/revision", verify=True)["revision"] == 2 * TOGGLES
+
+
+def _say_together_what_they_say_alone(server: Server) -> None:
+    def say(asked: dict) -> str:
+        return server.client.post("/generate", json=asked).json()["text"]
+
+    alone = [say(asked) for asked in ASKED]
+    with ThreadPoolExecutor(len(ASKED)) as pool:
+        assert list(pool.map(say, ASKED)) == alone

@@ -160,7 +160,7 @@ class TestCancel:
             wait_until(lambda: len(rows) > 3, within_s=10)
             heard.ticket.cancel()
             passes = len(rows)
-            time.sleep(0.3)
+            time.sleep(0.1)
             assert len(rows) <= passes + 1
         assert not engine._generator._strands
         assert not engine.weights._readers
@@ -186,14 +186,14 @@ class TestLimits:
     def test_as_many_wait_as_may(self, open_engine):
         engine = open_engine(limits=limited(together=2, waiting=1))
         with slowed(engine.weights.live.model):
-            heard = [ask(engine, Ask("The city", Wish(20))) for _ in range(3)]
+            heard = [ask(engine, Ask("The city", Wish(8))) for _ in range(3)]
             with pytest.raises(Busy):
                 ask(engine, Ask("The city", Wish(1)))
             texts = {each.wait().text for each in heard}
-        assert texts == {engine.generate("The city", 20)[0].text}
+        assert texts == {engine.generate("The city", 8)[0].text}
 
     def test_of_time_end_a_text_with_what_there_is(self, open_engine):
-        engine = open_engine(limits=limited(generation_s=0.3))
+        engine = open_engine(limits=limited(generation_s=0.2))
         whole = engine.generate("The city", 200, sampling=Sampling(2.0, seed=4))[0].text
         with slowed(engine.weights.live.model):
             heard = ask(engine, Ask("The city", Wish(200, Sampling(2.0, seed=4)))).wait()
@@ -202,7 +202,7 @@ class TestLimits:
         assert whole.startswith(heard.text)
 
     def test_of_time_refuse_what_waited_too_long(self, open_engine):
-        engine = open_engine(limits=limited(together=1, generation_s=0.4))
+        engine = open_engine(limits=limited(together=1, generation_s=0.2))
         with slowed(engine.weights.live.model, 0.05):
             heard = ask(engine, *(Ask("The city", Wish(200, Sampling(2.0, seed=4))) for _ in range(2)))
             with pytest.raises(GenerationTimeout):
