@@ -131,7 +131,9 @@ class Generator:
     def _run(self) -> None:
         while True:
             with self._changed:
-                if not self._strands and not self._changed.wait(LINGERS_S):
+                if not self._strands:
+                    self._changed.wait(LINGERS_S)
+                if not self._strands:
                     self._thread = None
                     return
             try:

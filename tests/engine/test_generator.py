@@ -126,6 +126,13 @@ class TestTogether:
             for each in long:
                 each.ticket.cancel()
 
+    def test_who_comes_while_the_thread_is_about_to_end_is_served(self, engine, monkeypatch):
+        monkeypatch.setattr("service.engine.generator.LINGERS_S", 0.0005)
+        drawn = random.Random(1)
+        for _ in range(150):
+            ask(engine, Ask("The city", Wish(1))).wait()
+            time.sleep(drawn.uniform(0, 0.001))
+
     def test_the_thread_ends_when_there_is_nothing_to_do(self, engine, monkeypatch):
         monkeypatch.setattr("service.engine.generator.LINGERS_S", 0.02)
         ask(engine, Ask("The city", Wish(2))).wait()
