@@ -10,6 +10,7 @@ import logging
 import traceback
 
 logger = logging.getLogger("mend.prompts")
+logger.setLevel(logging.INFO)
 LEFT_OUT = "(MEND_LOG_PROMPTS=true logs what it says)"
 _wanted = False  # not a state of the logger, which whoever configures logging may reset
 

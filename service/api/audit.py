@@ -13,6 +13,7 @@ from service.api.callers import Caller, Declared
 from service.api.problems import last_code
 
 logger = logging.getLogger("mend.audit")
+logger.setLevel(logging.INFO)  # whatever less of the rest is logged
 
 REFUSALS = (401, 403, 421, 429)
 CLIP = 200

@@ -6,6 +6,7 @@ limits > route.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from service.telemetry import Telemetry
 if TYPE_CHECKING:
     from service.settings import Settings
 
+logger = logging.getLogger("mend.api")
+
 SENT = ("Authorization", "Content-Type", "Idempotency-Key", "If-Match", "X-Actor", "X-Request-ID")
 TOLD = ("ETag", "Location", "Retry-After", "Server-Timing", "X-Request-ID")
 """Headers that pages of other origins may send, and read."""
@@ -35,6 +38,8 @@ def guard(app: FastAPI, settings: Settings, routers: Sequence[APIRouter], teleme
     """Give the app its routes, and what guards them. Raises KeysUnusable, UndeclaredRoute."""
     ring = Keyring(settings.api_keys) if settings.api_keys else None
     app.state.warnings = ring.warnings if ring else lambda: _warnings(settings)
+    for warning in app.state.warnings():
+        logger.warning("%s", warning)
     # What is added last stands outside.
     app.add_middleware(LimitsMiddleware, batch_edits=settings.max_batch, arrives_within_s=settings.request_timeout_s)
     app.add_middleware(

@@ -74,7 +74,7 @@ def _serve(settings: Settings) -> None:
         if as_json:
             say(f"mend-service is ready at {url}", url=url)
         else:
-            typer.echo(_welcome(url))
+            typer.echo(_welcome(url, with_key=settings.api_keys is not None))
 
     def failed() -> None:
         server.should_exit = True
@@ -160,10 +160,11 @@ def _listen(settings: Settings) -> socket.socket:
         sys.exit(f"mend: cannot listen on {where} ({error.strerror}); set MEND_HOST or MEND_PORT to another")
 
 
-def _welcome(url: str) -> str:
+def _welcome(url: str, *, with_key: bool) -> str:
+    key = " -H 'authorization: Bearer mend_…'" if with_key else ""
     body = f'{{"prompt": "{EXAMPLE_PROMPT}", "correction": "{EXAMPLE_CORRECTION}"}}'
     return (
         f"mend-service is ready at {url}\n"
         f"  docs   {url}/docs\n"
-        f"  try    curl -s {url}/edits -H 'content-type: application/json' -d '{body}'"
+        f"  try    curl -s {url}/edits{key} -H 'content-type: application/json' -d '{body}'"
     )

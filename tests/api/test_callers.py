@@ -317,6 +317,16 @@ class TestAudit:
             ("read", "/revision", 403, "forbidden"),
         ]
 
+    def test_is_kept_however_little_else_is_logged(self):
+        ours = logging.getLogger("mend")
+        before = ours.level
+        ours.setLevel(logging.ERROR)
+        try:
+            assert logging.getLogger("mend.audit").isEnabledFor(logging.INFO)
+            assert not logging.getLogger("mend.access").isEnabledFor(logging.INFO)
+        finally:
+            ours.setLevel(before)
+
     def test_has_nothing_of_what_only_reads(self, ask, lines):
         for request in ("GET /model", "GET /edits", "GET /generate?prompt=The", "GET /nothing"):
             ask("edit", request)
