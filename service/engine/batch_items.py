@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydantic import JsonValue
@@ -114,6 +114,11 @@ def made_batch(entries: Sequence[Applied]) -> BatchOutcome:
         checks_of_all(last),
         last.timings_ms,
     )
+
+
+def repeated_batch(entries: Sequence[Applied]) -> BatchOutcome:
+    """The same, as a request that was made before is told it."""
+    return replace(made_batch(entries), replayed=True)
 
 
 def applied_shown(index: int, applied: Applied, *, made: bool) -> dict[str, JsonValue]:

@@ -7,13 +7,13 @@ What is published is what the ledger holds: an entry is durable before it is liv
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from editors.base_model import BaseModel
 from editors.chat import Message, chat_prompt
@@ -27,18 +27,9 @@ from service.engine.answers import Answers
 from service.engine.asking import Ask, Ended, Event, Listener, Ticket, Which
 from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell
-from service.engine.batch_items import BatchOutcome, Item, made_batch
-from service.engine.errors import (
-    AlreadyExpired,
-    AlreadyRolledBack,
-    BatchTooLarge,
-    IdempotencyKeyReused,
-    KillSwitchEngaged,
-    LedgerDiverged,
-    RevisionMismatch,
-    RevisionNotReached,
-    TextTooLong,
-)
+from service.engine.batch_items import BatchOutcome, Item, repeated_batch
+from service.engine.changes import Changes
+from service.engine.errors import AlreadyExpired, AlreadyRolledBack, BatchTooLarge, RevisionNotReached, TextTooLong
 from service.engine.export import Snapshot, write_export
 from service.engine.generator import Generator
 from service.engine.guard import Guard
@@ -49,17 +40,14 @@ from service.engine.judge import Judge
 from service.engine.proposal import Proposer
 from service.engine.requests import EditRequest, Limits, Note, OnConflict, Outcome, Published, Terms
 from service.engine.rollbacks import Reversal, Target, engage, put_tag, release, remove_tag, restore, roll_back
-from service.engine.single import make_edit, repeated_edit
+from service.engine.single import make_edit, repeated_edit, require_time
 from service.engine.texts import Texts
 from service.engine.turns import Places, Turns
 from service.engine.weights import Proof, Weights
 from service.engine.workshop import Workshop
-from service.ledger import Compacted, LedgerConflict, RedisLedger, Restored, RolledBack, Tagged
-from service.telemetry import Kind, Telemetry
+from service.ledger import Applied, Compacted, RedisLedger, Restored, RolledBack, Tagged
+from service.telemetry import Telemetry
 
-Changed = TypeVar("Changed")
-MAX_RACES = 10
-"""How often an edit is judged again because another writer was first."""
 NOTHING = Note()
 EXPIRED = Note(reason="expired")
 
@@ -103,7 +91,7 @@ class Engine:
             self._turns.give_way,
             self._telemetry,
         )
-        self._contradiction: LedgerDiverged | None = None
+        self._changes = Changes(self._turns, self._journal, self.history, self.weights, self._telemetry)
 
     # Reading
 
@@ -190,20 +178,10 @@ class Engine:
         Whatever is raised, the live weights are as they were.
         """
         terms = Terms(dry_run, on_conflict, allow_loss)
-
-        def attempt() -> Outcome:
-            made = self._repeated_of(request)
-            if made:
-                return repeated_edit(made)
-            self._expect(expected_revision)
-            self._require_released()
-            _require_time(request)
-            return make_edit(self._workshop, request, tokens, terms)
-
         with self._telemetry.change("edit") as change:
             request = self._texts.put(request)
-            tokens = self._texts.encode(request)
-            outcome = self._behind_others(attempt, self._turns.wait(request))
+            attempt = partial(make_edit, self._workshop, request, self._texts.encode(request), terms)
+            outcome = self._changes.make(request, attempt, repeated_edit, expected_revision)
             change.came_to(outcome.status, **outcome.traced)
         return outcome
 
@@ -224,16 +202,6 @@ class Engine:
         Raises BatchTooLarge; otherwise as `apply`, with every verdict.
         """
         terms = Terms(dry_run, on_conflict, allow_loss, partial)
-
-        def attempt() -> BatchOutcome:
-            made = self._repeated_of(requests[0])
-            if made:
-                entries = [each.applied for each in self.history.batch(made.batch.id)]
-                return replace(made_batch(entries), replayed=True)
-            self._expect(expected_revision)
-            self._require_released()
-            return batch.make()
-
         with self._telemetry.change("batch", len(requests)) as change:
             if len(requests) > self.limits.batch_edits:
                 raise BatchTooLarge(
@@ -243,18 +211,21 @@ class Engine:
                 )
             items = [self._item(index, request) for index, request in enumerate(requests)]
             batch = Batch(self._workshop, items, terms, tell)
-            outcome = self._behind_others(attempt, self._turns.wait(requests[0]))
+            outcome = self._changes.make(requests[0], batch.make, self._repeated_batch, expected_revision)
             edits = len(outcome.edits) if outcome.replayed else outcome.edits
             change.came_to(outcome.status, edits, revision=outcome.revision, batch_size=len(outcome.edits))
         return outcome
 
     def _item(self, index: int, request: EditRequest) -> Item:
         try:
-            _require_time(request)
+            require_time(request)
             request = self._texts.put(request)
             return Item(index, request, self._texts.encode(request))
         except (EditorsError, AlreadyExpired, TextTooLong) as error:
             return Item(index, request, invalid=error)
+
+    def _repeated_batch(self, made: Applied) -> BatchOutcome:
+        return repeated_batch([each.applied for each in self.history.batch(made.batch.id)])
 
     def rollback(
         self, edit_id: str, note: Note = NOTHING, *, expected_revision: int | None = None, dry_run: bool = False
@@ -264,12 +235,10 @@ class Engine:
         One that is superseded itself leaves the state as it is.
         Raises EditNotFound, AlreadyRolledBack, RevisionMismatch, IdempotencyKeyReused, LedgerUnavailable.
         """
-
-        def attempt() -> Reversal:
-            return roll_back(self._workshop, edit_id, note, dry_run=dry_run)
-
-        done = self._once("rollback", attempt, note, expected_revision, dry_run=dry_run, edit_id=edit_id)
-        return self._reversal(done)
+        attempt = partial(roll_back, self._workshop, edit_id, note, dry_run=dry_run)
+        return self._changes.make_told(
+            "rollback", note, attempt, self._reversal_of, expected_revision, dry_run=dry_run, edit_id=edit_id
+        )
 
     def restore(
         self, to: int | str, note: Note = NOTHING, *, expected_revision: int | None = None, dry_run: bool = False
@@ -283,20 +252,24 @@ class Engine:
             target = Target(self.history.tag(to).revision, to) if isinstance(to, str) else Target(to)
             return restore(self._workshop, target, note, dry_run=dry_run)
 
-        return self._reversal(self._once("restore", attempt, note, expected_revision, dry_run=dry_run))
+        return self._changes.make_told("restore", note, attempt, self._reversal_of, expected_revision, dry_run=dry_run)
 
     def kill(self, note: Note = NOTHING, *, expected_revision: int | None = None) -> Restored:
         """Serve the base, and make no change until `revive`. Returns the entry that says so. Raises as `restore`.
 
         A change that is under way is given up.
         """
-        turn, attempt = self._turns.taken_first(note), lambda: engage(self._workshop, note)
-        return self._once("kill", attempt, note, expected_revision, turn, killed_or_not=True)
+        turn, attempt = self._turns.taken_first(note), partial(engage, self._workshop, note)
+        return self._changes.make_told(
+            "kill", note, attempt, expected_revision=expected_revision, turn=turn, killed_or_not=True
+        )
 
     def revive(self, note: Note = NOTHING, *, expected_revision: int | None = None) -> Restored | None:
         """Serve again what was served before `kill`, but for what expired since; None if nothing was killed."""
-        turn, attempt = self._turns.taken(note), lambda: release(self._workshop, note)
-        return self._once("revive", attempt, note, expected_revision, turn, killed_or_not=True)
+        turn, attempt = self._turns.taken(note), partial(release, self._workshop, note)
+        return self._changes.make_told(
+            "revive", note, attempt, expected_revision=expected_revision, turn=turn, killed_or_not=True
+        )
 
     def tag(
         self, name: str, revision: int | None = None, note: Note = NOTHING, *, expected_revision: int | None = None
@@ -305,15 +278,13 @@ class Engine:
 
         Raises RevisionNotFound, RevisionNotRestorable; RevisionMismatch, IdempotencyKeyReused, LedgerUnavailable.
         """
-        return self._once(
-            "tag", lambda: put_tag(self._workshop, name, revision, note), note, expected_revision, killed_or_not=True
-        )
+        attempt = partial(put_tag, self._workshop, name, revision, note)
+        return self._changes.make_told("tag", note, attempt, expected_revision=expected_revision, killed_or_not=True)
 
     def untag(self, name: str, note: Note = NOTHING, *, expected_revision: int | None = None) -> Tagged:
         """Take a name away; what it named stays. Raises TagNotFound, and as `tag` does."""
-        return self._once(
-            "tag", lambda: remove_tag(self._workshop, name, note), note, expected_revision, killed_or_not=True
-        )
+        attempt = partial(remove_tag, self._workshop, name, note)
+        return self._changes.make_told("tag", note, attempt, expected_revision=expected_revision, killed_or_not=True)
 
     def expire(self) -> list[Edit]:
         """Roll back the edits whose time has come. Returns them. Raises Busy, LedgerUnavailable."""
@@ -322,63 +293,16 @@ class Engine:
             return []
         done = []
         for edit in self.history.expired(datetime.now(UTC)):
-
-            def attempt(edit_id: str = edit.id) -> Reversal:
-                return roll_back(self._workshop, edit_id, EXPIRED, expired=True)
-
+            attempt = partial(roll_back, self._workshop, edit.id, EXPIRED, expired=True)
             # Another service has a clock too.
             with suppress(AlreadyRolledBack), self._telemetry.change("expire") as change:
-                self._behind_others(attempt, self._turns.taken())
+                self._changes.make(EXPIRED, attempt, turn=self._turns.taken(), killed_or_not=True)
                 change.came_to("done", edit_id=edit.id)
                 done.append(edit)
         return done
 
-    def _once(
-        self,
-        kind: Kind,
-        attempt: Callable[[], Changed],
-        note: Note,
-        expected_revision: int | None,
-        turn: AbstractContextManager[None] | None = None,
-        *,
-        dry_run: bool = False,
-        killed_or_not: bool = False,
-        **traced: str,
-    ) -> Changed | Any:
-        """What a change comes to, or the entry of an earlier request for it."""
-
-        def once() -> Changed | Any:
-            made = self._repeated_of(note)
-            if made:
-                change.came_to("replayed", revision=made.sequence, **traced)
-                return made
-            self._expect(expected_revision)
-            if not killed_or_not:
-                self._require_released()
-            before, done = self.published.revision, attempt()
-            now = self.published.revision
-            change.came_to("done" if now > before else "dry_run" if dry_run else "unchanged", revision=now, **traced)
-            return done
-
-        with self._telemetry.change(kind) as change:
-            return self._behind_others(once, turn or self._turns.wait(note))
-
-    def _reversal(self, done: Reversal | RolledBack | Restored) -> Reversal:
-        return done if isinstance(done, Reversal) else Reversal.of(done, self.history)
-
-    def _behind_others(self, attempt: Callable[[], Changed], turn: AbstractContextManager[None]) -> Changed:
-        """Make a change after everything that the ledger holds; once more if another writer was first meanwhile."""
-
-        def once() -> Changed:
-            with self._telemetry.step("catch_up"):
-                self.catch_up()
-            return attempt()
-
-        with self._telemetry.waited(turn):
-            for _ in range(MAX_RACES - 1):
-                with suppress(LedgerConflict):
-                    return once()
-            return once()
+    def _reversal_of(self, entry: RolledBack | Restored) -> Reversal:
+        return Reversal.of(entry, self.history)
 
     def require(self, revision: int, within_s: float) -> None:
         """Come back when a revision, or a later one, is live. Raises RevisionNotReached after so many seconds; Busy."""
@@ -393,16 +317,7 @@ class Engine:
 
         Raises Busy, LedgerUnavailable; LedgerDiverged when they are not, as `catch_up` does from then on.
         """
-        with self._telemetry.waited(self._turns.wait()):
-            self.catch_up()
-            proof = self.weights.proof()
-            if not proof.holds:
-                self._contradiction = LedgerDiverged(
-                    f"the weights in memory are not those of revision {proof.published.revision}; restart this service",
-                    revision=proof.published.revision,
-                )
-                raise self._contradiction
-        return proof
+        return self._changes.prove()
 
     def compact(self, every: int) -> Compacted | None:
         """Fold the ledger's entries into a snapshot, if so many came since the last one. Nothing waits for it.
@@ -416,21 +331,11 @@ class Engine:
 
         Raises LedgerUnavailable; LedgerDiverged when the ledger's state is not the one that its entries lead to.
         """
-        with self._turns.taken():
-            if self._contradiction is not None:
-                raise self._contradiction
-            self._journal.catch_up()
+        self._changes.catch_up()
 
     def follow(self) -> bool:
         """Catch up unless a change is under way, which does so itself. Whether it did. Raises as `catch_up` does."""
-        with self._turns.at_once() as free:
-            if free:
-                self.catch_up()
-            elif self._journal.sees_kill():
-                self._turns.interrupt()
-            return free
-
-    # Checking
+        return self._changes.follow()
 
     def _prompt_tokens(self, prompt: str) -> Hashable:
         """What makes two prompts the same. A prompt that no service of ours wrote may have none."""
@@ -438,36 +343,3 @@ class Engine:
             return self.base.encode(prompt).prompt
         except EmptyTextError:
             return prompt
-
-    def _expect(self, revision: int | None) -> None:
-        if revision is not None and revision != self.published.revision:
-            raise RevisionMismatch(revision, self.published.revision)
-
-    def _require_released(self) -> None:
-        killed = self.history.killed
-        if killed is not None:
-            raise KillSwitchEngaged(
-                f"the kill switch is engaged since revision {killed.sequence}: the base is served, and nothing is "
-                "changed until it is released (DELETE /kill-switch)",
-                revision=killed.sequence,
-                actor=killed.actor,
-                reason=killed.reason,
-            )
-
-    def _repeated_of(self, request: EditRequest | Note) -> Any:
-        """The entry of an earlier request with the same key. Raises IdempotencyKeyReused if it was another request."""
-        key = request.idempotency_key
-        made = None if key is None else self.history.by_idempotency_key(key)
-        if made is not None and made.request_digest != request.request_digest:
-            raise IdempotencyKeyReused(
-                "this Idempotency-Key was used for another request; take a new key",
-                id=getattr(made, "edit_id", None),
-                revision=made.sequence,
-            )
-        return made
-
-
-def _require_time(request: EditRequest) -> None:
-    at = request.expires_at
-    if at is not None and at <= datetime.now(UTC):
-        raise AlreadyExpired(f"expires_at is {at.isoformat()}, which is over; give a time to come", field="expires_at")

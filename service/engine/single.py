@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from editors.scale import SCALES
@@ -11,6 +12,7 @@ from service.engine.capacity import require_room
 from service.engine.clock import Clock
 from service.engine.conflicts import find_near, find_place
 from service.engine.entries import applied_entry, new_id
+from service.engine.errors import AlreadyExpired
 from service.engine.judge import checks, did_not_take, finite, too_harmful
 from service.engine.proposal import Attempts
 from service.engine.requests import EditRequest, Outcome, Terms
@@ -19,7 +21,11 @@ from service.ledger import Applied
 
 
 def make_edit(workshop: Workshop, request: EditRequest, tokens: Tokens, terms: Terms) -> Outcome:
-    """Make a correction, or find out what it would do. Raises EditRefused with the measurements, and LedgerError."""
+    """Make a correction, or find out what it would do.
+
+    Raises AlreadyExpired; EditRefused with the measurements; LedgerError.
+    """
+    require_time(request)
     with Clock(workshop.telemetry) as clock:
         return _make(workshop, clock, request, tokens, terms)
 
@@ -85,6 +91,13 @@ def _made(workshop: Workshop, entry: Applied, raw: bytes, terms: Terms) -> Outco
         return Outcome(entry, now.revision, entry.state_digest, entry.before, committed=False, prompt=entry.prompt)
     laps = workshop.journal.commit((entry, raw))
     return replace(repeated_edit(entry), replayed=False, publish_ms=laps)
+
+
+def require_time(request: EditRequest) -> None:
+    """Raises AlreadyExpired when an edit would be rolled back at once."""
+    at = request.expires_at
+    if at is not None and at <= datetime.now(UTC):
+        raise AlreadyExpired(f"expires_at is {at.isoformat()}, which is over; give a time to come", field="expires_at")
 
 
 def repeated_edit(applied: Applied) -> Outcome:

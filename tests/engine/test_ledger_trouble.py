@@ -12,7 +12,7 @@ import redis
 
 from editors.factors import Factors, LayerFactors
 from service.engine import AlreadyRolledBack, Engine
-from service.engine.engine import MAX_RACES
+from service.engine.changes import MAX_RACES
 from service.engine.errors import LedgerDiverged
 from service.ledger import (
     Applied,
