@@ -20,12 +20,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from service.api.audit import Record
+from service.api.batch_views import BatchItem, BatchSummary, BatchView
 from service.api.callers import needs
 from service.api.headers import Actor, IdempotencyKey, IfMatch, Writable, expected_revision, tag, time_it
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
 from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of, validated
-from service.api.views import BatchItem, BatchSummary, BatchView, Pending
+from service.api.views import Pending
 from service.api.waiting import Waited
 from service.confidential import note_texts
 from service.engine import BatchOutcome, Tell
