@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
 
-from service.cli.client import (
+from service.cli.client import Refused, Service, connected, edit_path, told_problem
+from service.cli.client_command import (
     DEFAULT_SERVICE,
     DEFAULT_WAIT_S,
     DRIFT,
@@ -25,14 +26,9 @@ from service.cli.client import (
     ActorOption,
     KeyFileOption,
     ReasonOption,
-    Refused,
-    Service,
     ServiceOption,
     WaitOption,
-    connected,
-    edit_path,
     stop,
-    told_problem,
 )
 
 Action = Literal["create", "change", "remove", "keep", "refuse"]

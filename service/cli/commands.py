@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli.client import (
+from service.cli.client import connected, edit_path
+from service.cli.client_command import (
     DEFAULT_SERVICE,
     DEFAULT_WAIT_S,
     LOST,
@@ -22,8 +23,6 @@ from service.cli.client import (
     ReasonOption,
     ServiceOption,
     WaitOption,
-    connected,
-    edit_path,
     stop,
 )
 

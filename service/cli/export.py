@@ -19,7 +19,8 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import typer
 
 from editors.formats import INDEX, ExportFormat
-from service.cli.client import KEY_ADVICE, KeyFileOption, Refused, key_headers, told_problem
+from service.cli.client import KEY_ADVICE, Refused, key_headers, told_problem
+from service.cli.client_command import KeyFileOption
 from service.cli.options import read_settings, with_settings
 from service.settings import Settings
 

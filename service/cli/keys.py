@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from service.api.keys import SCOPES, Key, KeysUnusable, changed, hashed, new_token, read_keys
-from service.cli.client import stop
+from service.cli.client_command import stop
 
 keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 

@@ -10,7 +10,7 @@ from editors.errors import EditorsError
 from service.cli.apply import apply
 from service.cli.bench import bench
 from service.cli.checkpoint import checkpoint
-from service.cli.client import EXIT_STATUSES, ClientCommand
+from service.cli.client_command import EXIT_STATUSES, ClientCommand
 from service.cli.commands import audit, edit, edits, generate
 from service.cli.compare import compare
 from service.cli.evaluate import evaluate

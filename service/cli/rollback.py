@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 import typer
 
-from service.cli.client import (
+from service.cli.client import Refused, Service, connected, edit_path
+from service.cli.client_command import (
     DEFAULT_SERVICE,
     DEFAULT_WAIT_S,
     REFUSED,
@@ -20,12 +21,8 @@ from service.cli.client import (
     JsonOption,
     KeyFileOption,
     ReasonOption,
-    Refused,
-    Service,
     ServiceOption,
     WaitOption,
-    connected,
-    edit_path,
     stop,
 )
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from service.cli import client
-from service.cli.client import DRIFT, REFUSED, UNREACHABLE
+from service.cli.client_command import DRIFT, REFUSED, UNREACHABLE
 from tests.cli import running
 from tests.cli.running import Ended, Fault, Live, between, run_mend
 from tests.service_fixtures import ANSWERS, never_takes

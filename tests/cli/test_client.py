@@ -15,7 +15,7 @@ from itertools import product
 import pytest
 
 from service.cli import client
-from service.cli.client import DRIFT, LOST, REFUSED, UNREACHABLE
+from service.cli.client_command import DRIFT, EXIT_STATUSES, LOST, REFUSED, UNREACHABLE
 from tests.cli import running
 from tests.cli.running import Ended, Fault, Live, between
 from tests.cli.test_export import answering
@@ -448,7 +448,7 @@ class TestCommandLine:
     def test_help_names_every_exit_status(self, mend, command):
         ended = mend(command, "--help")
         assert ended.status == 0
-        assert " ".join(client.EXIT_STATUSES.split()) in " ".join(ended.out.split())
+        assert " ".join(EXIT_STATUSES.split()) in " ".join(ended.out.split())
 
     def test_writes_no_colours_into_a_pipe(self, mend):
         for given in (["edits", "--help"], ["edits", "--nothing"], ["edits"]):

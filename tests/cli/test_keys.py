@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from service.api.keys import PREFIX, SCOPES, Keyring, changed
-from service.cli.client import REFUSED, ClientCommand
+from service.cli.client_command import REFUSED, ClientCommand
 from service.cli.main import app
 from tests.api.test_keys import made
 from tests.cli.running import Ended, Live, live_service, run_mend

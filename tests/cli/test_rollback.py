@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.cli.client import REFUSED
+from service.cli.client_command import REFUSED
 from tests.cli.running import LOST, Live, between, superseding
 
 
