@@ -19,6 +19,7 @@ import redis
 
 from service.failpoints import reach
 from service.ledger.chain import GENESIS, link
+from service.ledger.checks import EMPTY, mismatch, sequence_of, verified, verified_factors
 from service.ledger.connection import Client, Connection
 from service.ledger.durability import Demand, Durability
 from service.ledger.errors import (
@@ -30,7 +31,7 @@ from service.ledger.errors import (
     OutcomeUnknown,
 )
 from service.ledger.needed import Needed
-from service.ledger.records import Applied, Entry, decode, digest_of, encode
+from service.ledger.records import Applied, Entry, encode
 from service.ledger.scripts import APPEND, COMPACT, PUT_BACK, READ_LAST, TOUCH
 from service.ledger.snapshot import Compacted, Snapshot
 
@@ -144,7 +145,7 @@ class RedisLedger:
                 problem = f"does not follow on entry {sequence - 1}"
             if problem:
                 raise EntryInvalid(f"entry {entry.sequence} {problem}", sequence=entry.sequence)
-        needed = [entry.sequence for entry in needs if entry.factors_digest != digest_of(b"")]
+        needed = [entry.sequence for entry in needs if entry.factors_digest != EMPTY]
         self.append_raw(first.sequence, [(encode(entry), factors) for entry, factors in stored], needed)
 
     def append_raw(self, first: int, stored: Sequence[tuple[bytes, bytes | None]], needed: Iterable[int] = ()) -> None:
@@ -161,7 +162,7 @@ class RedisLedger:
         if isinstance(actual, int):
             raise FactorsMissing(actual)
         if actual is not None:
-            expected, found = first - 1, _sequence_of(actual[0])
+            expected, found = first - 1, sequence_of(actual[0])
             if expected == found:
                 raise LedgerCorrupt(found, "is another one than this service has read")
             if found < sequence or self._link_at(sequence) != chain:  # else it was stored before, and compacted since
@@ -225,7 +226,7 @@ class RedisLedger:
         generated, last, present, compacted = self._connection.ask(
             lambda client: client.eval(READ_LAST, 2, self._key, self._keys[2])
         )
-        sequence = _sequence_of(generated)
+        sequence = sequence_of(generated)
         if present != generated:
             raise LedgerCorrupt(sequence, f"is missing: the last one that is there is {present.decode()}")
         if sequence == 0:
@@ -264,7 +265,7 @@ class RedisLedger:
                 raise LedgerCorrupt(after + 1, f"is missing, but the ledger goes on to {head}")
             for stored_id, fields in page:
                 after += 1
-                entry, raw, chain = _verified(after, stored_id, fields, chain)
+                entry, raw, chain = verified(after, stored_id, fields, chain)
                 yield entry, raw, chain
         if chain not in (None, last[1]):
             raise LedgerCorrupt(after, "is another one than this service has read")
@@ -304,7 +305,7 @@ class RedisLedger:
         waiting = list(entries)
         stored = self.raw_factors([entry.sequence for entry in waiting])
         for entry, factors in zip(waiting, stored, strict=True):
-            yield _own(entry, factors)
+            yield verified_factors(entry, factors)
 
     def raw_factors(self, sequences: Sequence[int]) -> Iterator[bytes | None]:
         """What is stored as the factors of these entries, unverified. Raises LedgerUnavailable."""
@@ -358,51 +359,3 @@ class RedisLedger:
 
 def _key_of(namespace: str, part: str = "entries") -> str:
     return f"mend:{{{namespace}}}:{part}"  # the braces are a hash tag: a cluster keeps a namespace's keys on one node
-
-
-def _sequence_of(stored_id: bytes) -> int:
-    sequence, _, within = stored_id.decode().partition("-")
-    if within != "0":
-        raise LedgerCorrupt(int(sequence), f"was not written by this service: its id is {stored_id.decode()}")
-    return int(sequence)
-
-
-def _verified(sequence: int, stored_id: bytes, fields: dict[bytes, bytes], before: str) -> tuple[Entry, bytes, str]:
-    """One stored entry, its bytes and its link, or LedgerCorrupt when they are not those of `sequence`."""
-    if stored_id != f"{sequence}-0".encode():
-        raise LedgerCorrupt(sequence, f"is missing: the next one is {stored_id.decode()}")
-    try:
-        raw, chain = fields[b"entry"], fields[b"chain"].decode(errors="replace")
-        entry = decode(raw)
-    except KeyError as error:
-        raise LedgerCorrupt(sequence, f"has no field {error.args[0].decode()}") from error
-    except ValueError as error:
-        raise LedgerCorrupt(sequence, f"cannot be read: {error}") from error
-    if entry.sequence != sequence:
-        raise LedgerCorrupt(sequence, f"says that it is entry {entry.sequence}")
-    if chain != link(before, raw):
-        raise LedgerCorrupt(sequence, "was altered, or what is before it: it breaks the hash chain")
-    return entry, raw, chain
-
-
-def _own(entry: Applied, factors: bytes | None) -> bytes:
-    """The factors that an entry speaks of. None there are where they are empty."""
-    if factors is None:
-        if entry.factors_digest != digest_of(b""):
-            raise FactorsMissing(entry.sequence)
-        factors = b""
-    problem = mismatch(entry, factors)
-    if problem:
-        raise LedgerCorrupt(entry.sequence, problem)
-    return factors
-
-
-def mismatch(entry: Entry, factors: bytes | None) -> str | None:
-    """What is wrong between an entry and the factors beside it."""
-    if isinstance(entry, Applied):
-        actual = entry.factors_digest if factors is None else digest_of(factors)
-        if actual != entry.factors_digest:
-            return f"has factors with digest {actual}, not {entry.factors_digest}"
-    elif factors:
-        return "applies no edit, but has factors"
-    return None

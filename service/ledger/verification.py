@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from service.ledger.chain import GENESIS, link
+from service.ledger.checks import EMPTY, mismatch
 from service.ledger.errors import LedgerCorrupt
 from service.ledger.needed import Needed
-from service.ledger.records import Applied, Entry, InBatch, decode, digest_of
-from service.ledger.redis_ledger import RedisLedger, mismatch
-
-EMPTY = digest_of(b"")
+from service.ledger.records import Applied, Entry, InBatch, decode
+from service.ledger.redis_ledger import RedisLedger
 
 
 @dataclass(frozen=True)
