@@ -22,7 +22,8 @@ from starlette.exceptions import HTTPException
 from service.api.audit import Record
 from service.api.batch_views import BatchItem, BatchSummary, BatchView
 from service.api.callers import needs
-from service.api.headers import Actor, IdempotencyKey, IfMatch, Writable, expected_revision, tag, time_it
+from service.api.changing import Changing
+from service.api.headers import Writable, tag, time_it
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
 from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of, validated
@@ -101,13 +102,11 @@ def post_batch(
     edits: Annotated[list[EditBody], Depends(batch_edits)],
     lines: Lines,
     engine: Writable,
+    asked: Changing,
     waiting: Waited,
     request: Request,
     response: Response,
     query: Annotated[BatchQuery, Query()],
-    actor: Actor = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> Any:
     """Correct many facts as one transaction: one capture, one state, one commit.
 
@@ -115,8 +114,8 @@ def post_batch(
     edit a line: then the answer is JSON Lines too, with progress, and its status is 200 once there is any.
     """
     digest = digest_of(*edits, query)
-    requests = [edit.as_request(actor, idempotency_key, f"batch:{digest}") for edit in edits]
-    revision = expected_revision(if_match, engine)
+    requests = [edit.as_request(asked.actor, asked.idempotency_key, f"batch:{digest}") for edit in edits]
+    revision = asked.expected_revision(engine)
     note_texts("batch", edits=[{"prompt": edit.prompt, "correction": edit.correction} for edit in edits])
 
     def apply(tell: Tell) -> BatchOutcome:
@@ -127,7 +126,7 @@ def post_batch(
         raise RequestValidationError([{"type": "wait", "loc": ("query", "wait"), "msg": said}])
     if lines:
         return StreamingResponse(told(apply, request.state.audit), 200, media_type=JSON_LINES)
-    outcome = waiting.made(engine, idempotency_key, digest, query.wait, lambda: apply(lambda *_: None))
+    outcome = waiting.made(engine, asked.idempotency_key, digest, query.wait, lambda: apply(lambda *_: None))
     if isinstance(outcome, JSONResponse):
         return outcome
     if not outcome.committed:

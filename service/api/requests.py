@@ -24,7 +24,7 @@ from pydantic import (
 
 from editors.chat import Message, Role
 from editors.formats import ExportFormat
-from service.engine import CheckForm, EditRequest, Note, OnConflict
+from service.engine import CheckForm, EditRequest, OnConflict
 
 MAX_TEXT = 100_000
 """Characters of any one text; the limit that matters is in tokens, this one spares tokenising nonsense."""
@@ -237,13 +237,6 @@ class BatchQuery(EditQuery):
 
 
 Reason = Annotated[str | None, Field(max_length=2000, description="Why; kept in the ledger.")]
-
-
-def note_of(actor: str | None, idempotency_key: str | None, reason: str | None, *asked: Any) -> Note:
-    """Who asks and why. asked: what is asked for, by which a repeated request is known."""
-    digest = hashlib.sha256(json.dumps([*asked, reason]).encode()).hexdigest()
-    kind = asked[0]
-    return Note(actor, reason, idempotency_key, f"{kind}:{digest}" if idempotency_key else None)
 
 
 class DryRunQuery(StrictRequest):

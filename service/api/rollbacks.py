@@ -7,9 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from service.api.callers import needs
-from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, Writable, expected_revision, tag
+from service.api.changing import Changing
+from service.api.headers import Loaded, Writable, tag
 from service.api.problems import responses
-from service.api.requests import DryRunQuery, NoQuery, ReasonBody, ReasonQuery, RestoreBody, TagBody, TagName, note_of
+from service.api.requests import DryRunQuery, NoQuery, ReasonBody, ReasonQuery, RestoreBody, TagBody, TagName
 from service.api.rollback_views import KillSwitchView, RestoreView, TagList, TagView
 from service.engine import Engine
 from service.ledger import Restored
@@ -21,19 +22,17 @@ router = APIRouter()
 def post_rollback(
     body: RestoreBody,
     engine: Writable,
+    asked: Changing,
     response: Response,
     query: Annotated[DryRunQuery, Query()],
-    actor: Actor = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> RestoreView:
     """Make exactly those edits stand that stood at a revision, or at that of a tag: the same weights, bit for bit.
 
     Edits that were made since are taken back, and those that were taken back since are returned, unless they have
     expired. `dry_run=true` shows which, with the answers before and after.
     """
-    note = note_of(actor, idempotency_key, body.reason, "restore", body.to, query.dry_run)
-    done = engine.restore(body.to, note, expected_revision=expected_revision(if_match, engine), dry_run=query.dry_run)
+    note = asked.note(body.reason, "restore", body.to, query.dry_run)
+    done = engine.restore(body.to, note, expected_revision=asked.expected_revision(engine), dry_run=query.dry_run)
     tag(response, done.revision)
     return RestoreView.of(done)
 
@@ -47,35 +46,31 @@ def get_kill_switch(engine: Loaded, response: Response) -> KillSwitchView:
 @router.put("/kill-switch", dependencies=[needs("admin")], responses=responses(400, 409, 412, 413, 422, 503))
 def put_kill_switch(
     engine: Writable,
+    asked: Changing,
     response: Response,
     _: Annotated[NoQuery, Query()],
     body: ReasonBody | None = None,
-    actor: Actor = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> KillSwitchView:
     """Serve the pristine base, and make no change until it is released, on every replica.
 
     It waits for nobody: a change that is under way is given up at its next step.
     """
-    note = note_of(actor, idempotency_key, body and body.reason, "kill")
-    entry = engine.kill(note, expected_revision=expected_revision(if_match, engine))
-    return _switched(engine, entry, response, live=idempotency_key is None)
+    note = asked.note(body and body.reason, "kill")
+    entry = engine.kill(note, expected_revision=asked.expected_revision(engine))
+    return _switched(engine, entry, response, live=asked.idempotency_key is None)
 
 
 @router.delete("/kill-switch", dependencies=[needs("admin")], responses=responses(400, 409, 412, 422, 503))
 def delete_kill_switch(
     engine: Writable,
+    asked: Changing,
     response: Response,
     query: Annotated[ReasonQuery, Query()],
-    actor: Actor = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> KillSwitchView:
     """Serve again what was served before, but for what has expired since."""
-    note = note_of(actor, idempotency_key, query.reason, "revive")
-    entry = engine.revive(note, expected_revision=expected_revision(if_match, engine))
-    return _switched(engine, entry or engine.history.switched, response, live=idempotency_key is None)
+    note = asked.note(query.reason, "revive")
+    entry = engine.revive(note, expected_revision=asked.expected_revision(engine))
+    return _switched(engine, entry or engine.history.switched, response, live=asked.idempotency_key is None)
 
 
 def _switched(engine: Engine, entry: Restored | None, response: Response, *, live: bool) -> KillSwitchView:
@@ -108,21 +103,19 @@ def get_tag(name: TagName, engine: Loaded, response: Response) -> TagView:
 def put_tag(
     name: TagName,
     engine: Writable,
+    asked: Changing,
     response: Response,
     _: Annotated[NoQuery, Query()],
     body: TagBody | None = None,
-    actor: Actor = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> TagView:
     """Name a revision, by default the live one. What a tag names can be restored, however much is compacted.
 
     The tag is an entry of the ledger, and so a revision itself, of the same state.
     """
     body = body or TagBody()
-    note = note_of(actor, idempotency_key, body.reason, "tag", name, body.revision)
-    tagged = engine.tag(name, body.revision, note, expected_revision=expected_revision(if_match, engine))
-    tag(response, tagged.sequence if idempotency_key else engine.published)
+    note = asked.note(body.reason, "tag", name, body.revision)
+    tagged = engine.tag(name, body.revision, note, expected_revision=asked.expected_revision(engine))
+    tag(response, tagged.sequence if asked.idempotency_key else engine.published)
     return TagView.of(tagged)
 
 
@@ -130,14 +123,12 @@ def put_tag(
 def delete_tag(
     name: TagName,
     engine: Writable,
+    asked: Changing,
     response: Response,
     query: Annotated[ReasonQuery, Query()],
-    actor: Actor = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> TagView:
     """Take a name away. The revision stays, but compaction may drop what is needed to restore it."""
-    note = note_of(actor, idempotency_key, query.reason, "untag", name)
-    tagged = engine.untag(name, note, expected_revision=expected_revision(if_match, engine))
+    note = asked.note(query.reason, "untag", name)
+    tagged = engine.untag(name, note, expected_revision=asked.expected_revision(engine))
     tag(response, tagged.sequence)
     return TagView.of(tagged)

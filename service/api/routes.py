@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse
 
 from service.api.archive import ArchiveResponse, archived
 from service.api.callers import Asking, needs
-from service.api.headers import Actor, IdempotencyKey, IfMatch, Loaded, Writable, expected_revision, tag, time_it
+from service.api.changing import Changing
+from service.api.headers import Loaded, Writable, tag, time_it
 from service.api.problems import responses
 from service.api.requests import (
     AuditQuery,
@@ -20,7 +21,6 @@ from service.api.requests import (
     RevisionQuery,
     RollbackQuery,
     digest_of,
-    note_of,
 )
 from service.api.rollback_views import RollbackView
 from service.api.views import (
@@ -54,12 +54,10 @@ router = APIRouter()
 def post_edit(
     body: EditBody,
     engine: Writable,
+    asked: Changing,
     waiting: Waited,
     response: Response,
     query: Annotated[EditQuery, Query()],
-    actor: Actor = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> Any:
     """Correct a fact: stage it, judge it, write it to the ledger, publish it.
 
@@ -68,12 +66,12 @@ def post_edit(
     changed. An edit of the same prompt is superseded, and comes back when this one is rolled back.
     """
     digest = digest_of(body, query)
-    request = body.as_request(actor, idempotency_key, digest)
-    revision = expected_revision(if_match, engine)
+    request = body.as_request(asked.actor, asked.idempotency_key, digest)
+    revision = asked.expected_revision(engine)
     note_texts("edit", prompt=body.prompt, correction=body.correction)
     outcome = waiting.made(
         engine,
-        idempotency_key,
+        asked.idempotency_key,
         digest,
         query.wait,
         lambda: engine.apply(request, expected_revision=revision, **query.model_dump()),
@@ -136,18 +134,16 @@ def get_edit(edit_id: str, engine: Loaded, response: Response) -> EditView:
 def delete_edit(
     edit_id: str,
     engine: Writable,
+    asked: Changing,
     response: Response,
     query: Annotated[RollbackQuery, Query()],
-    actor: Actor = None,
-    if_match: IfMatch = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> RollbackView:
     """Roll one edit back, exactly; what it superseded comes back. The ledger keeps both the edit and its rollback.
 
     `dry_run=true` shows what would change, with the answers before and after.
     """
-    note = note_of(actor, idempotency_key, query.reason, "rollback", edit_id, query.dry_run)
-    done = engine.rollback(edit_id, note, expected_revision=expected_revision(if_match, engine), dry_run=query.dry_run)
+    note = asked.note(query.reason, "rollback", edit_id, query.dry_run)
+    done = engine.rollback(edit_id, note, expected_revision=asked.expected_revision(engine), dry_run=query.dry_run)
     tag(response, done.revision)
     return RollbackView.of(done, engine.history.find(edit_id))
 
