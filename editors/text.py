@@ -17,9 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from editors.errors import EmptyTextError, SubjectNotFound
 
-IGNORED = -100
-"""Label of a position that is not scored, as in transformers."""
-
 
 @dataclass(frozen=True)
 class Tokens:

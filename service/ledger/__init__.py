@@ -3,7 +3,6 @@
 Flow: EmbeddedRedis.url or a URL of the operator -> RedisLedger -> append, head, read.
 """
 
-from service.ledger.durability import Demand, Durability
 from service.ledger.embedded import EmbeddedRedis
 from service.ledger.errors import (
     EmbeddedRedisError,
@@ -27,8 +26,6 @@ __all__ = [
     "Applied",
     "ChatMessage",
     "Compacted",
-    "Demand",
-    "Durability",
     "EmbeddedRedis",
     "EmbeddedRedisError",
     "Entry",
