@@ -23,7 +23,7 @@ from service.api.audit import Record
 from service.api.batch_views import BatchItem, BatchSummary, BatchView
 from service.api.callers import needs
 from service.api.changing import Changing
-from service.api.headers import Writable, tag, time_it
+from service.api.headers import Writable, describe
 from service.api.limits import BATCH_PATH
 from service.api.problems import described_error, responses
 from service.api.requests import BatchBody, BatchQuery, EditBody, digest_of, validated
@@ -129,10 +129,7 @@ def post_batch(
     outcome = waiting.made(engine, asked.idempotency_key, digest, query.wait, lambda: apply(lambda *_: None))
     if isinstance(outcome, JSONResponse):
         return outcome
-    if not outcome.committed:
-        response.status_code = 200
-    time_it(response, outcome.publish_ms)
-    tag(response, outcome.revision)
+    describe(response, outcome)
     return BatchView.of(outcome)
 
 

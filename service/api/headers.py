@@ -1,13 +1,12 @@
-"""What routes have in common: the engine, how headers are read, and those that tell the revision and the time."""
+"""What routes have in common: the engine, how a header is read, and headers that tell the revision."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import Depends, Request, Response
 
-from service.engine import Engine, Published
+from service.engine import BatchOutcome, Engine, Outcome, Published
 
 
 def current_engine(request: Request) -> Engine:
@@ -34,10 +33,16 @@ Loaded = Annotated[Engine, Depends(current_engine)]
 Writable = Annotated[Engine, Depends(current_writer)]
 
 
-def time_it(response: Response, publish_ms: Mapping[str, float]) -> None:
-    """How long the steps behind the entry in the ledger took, which it cannot hold."""
-    if publish_ms:
-        response.headers["Server-Timing"] = ", ".join(f"{name};dur={ms}" for name, ms in publish_ms.items())
+def describe(response: Response, outcome: Outcome | BatchOutcome) -> None:
+    """What came of an edit or a batch, as far as its status and headers tell it.
+
+    Server-Timing: how long the steps behind the entry in the ledger took, which it cannot hold.
+    """
+    if not outcome.committed:
+        response.status_code = 200
+    if outcome.publish_ms:
+        response.headers["Server-Timing"] = ", ".join(f"{name};dur={ms}" for name, ms in outcome.publish_ms.items())
+    tag(response, outcome.revision)
 
 
 def tag(response: Response, published: Published | int) -> None:

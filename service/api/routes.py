@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from service.api.archive import ArchiveResponse, archived
 from service.api.callers import Asking, needs
 from service.api.changing import Changing
-from service.api.headers import Loaded, Writable, tag, time_it
+from service.api.headers import Loaded, Writable, describe, tag
 from service.api.problems import responses
 from service.api.requests import (
     AuditQuery,
@@ -78,12 +78,9 @@ def post_edit(
     )
     if isinstance(outcome, JSONResponse):
         return outcome
-    if not outcome.committed:
-        response.status_code = 200
-    time_it(response, outcome.publish_ms)
+    describe(response, outcome)
     if outcome.applied is not None and outcome.committed:
         response.headers["Location"] = f"/edits/{outcome.applied.edit_id}"
-    tag(response, outcome.revision)
     return EditView.of_outcome(outcome, body)
 
 
