@@ -16,18 +16,19 @@ from datetime import UTC, datetime
 
 import torch
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
 from opentelemetry.trace import TracerProvider
 
 from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
-from service.api import batch, docs, generation, metrics, openai, problems, rollbacks
+from service.api import batch, docs, generation, metrics, openai, problems, rollbacks, sessions
 from service.api.doors import guard
 from service.api.routes import router
 from service.api.waiting import Waiting
 from service.confidential import log_prompts
+from service.dashboard import router as pages
+from service.dashboard import visits
 from service.engine import EditorChanged, Engine, EngineError, Limits, NotReady, read_guard_prompts
 from service.ledger import (
     EmbeddedRedis,
@@ -379,12 +380,8 @@ def create_app(
     app.state.service, app.state.waiting, app.state.telemetry = service, Waiting(), telemetry
     log_prompts(settings.log_prompts)
     # A batch before the routes of one edit, whose ids would match its path.
-    others = (rollbacks, generation, openai, metrics, docs)
-    guard(app, settings, [batch.router, router, *(part.router for part in others)], telemetry)
+    others = (rollbacks, generation, openai, metrics, docs, sessions)
+    guard(app, settings, [batch.router, router, *(part.router for part in others)], pages.router, telemetry)
     problems.install(app, EngineError, LedgerError, EditorsError)
-
-    @app.get("/", include_in_schema=False)
-    def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
-
+    visits.install(app)
     return app

@@ -105,6 +105,10 @@ class Settings(BaseSettings):
     api_keys: Path | None = Field(
         None, description="File of the API keys (mend keys create); without one whoever reaches the port may do all."
     )
+    session_secret: Path | None = Field(
+        None, description="File of the secret that signs sessions of the dashboard, the same for all replicas; without "
+        "one each process takes its own, and a restart signs everybody out.",
+    )  # fmt: skip
     open_to_all: bool = Field(
         False, description="Listen beyond loopback without keys: whoever reaches the port may do everything."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Security
 from fastapi.params import Security as SecurityParameter
@@ -18,6 +18,9 @@ from starlette.routing import BaseRoute, Route
 
 from service.api.keys import SCOPES, Key, Scope
 from service.api.rates import Rates
+
+if TYPE_CHECKING:
+    from service.api.sessions import Session
 
 OPEN = frozenset({"/", "/docs", "/openapi.json", "/livez", "/readyz"})
 """Paths that take no key: the probes, and what the API looks like."""
@@ -96,20 +99,25 @@ class UndeclaredRoute(Exception):
 
 @dataclass
 class Caller:
-    """Who asks. name: of his key; None where the service has no keys, and everybody may do everything.
+    """Who asks. key, and its name: None where the service has no keys, and everybody may do everything.
 
-    address: where he asks from. demanded: the widest scope that the request has taken so far.
+    address: where he asks from. session: by which he shows his key, if he does not show the key itself.
+    demanded: the widest scope that the request has taken so far.
     """
 
-    name: str | None
-    scope: Scope
+    key: Key | None
     address: str
     rates: Rates
+    session: Session | None = None
     demanded: Scope | None = None
 
-    @classmethod
-    def of(cls, key: Key | None, address: str, rates: Rates) -> Caller:
-        return cls(key.name, key.scope, address, rates) if key else cls(None, SCOPES[-1], address, rates)
+    @property
+    def name(self) -> str | None:
+        return self.key and self.key.name
+
+    @property
+    def scope(self) -> Scope:
+        return self.key.scope if self.key else SCOPES[-1]
 
     def demand(self, needed: Scope) -> None:
         """Raises Forbidden; RateLimited, which what is refused for its scope does not count for."""

@@ -17,9 +17,10 @@ from service.api.access_log import AccessMiddleware
 from service.api.callers import Routes
 from service.api.gate import GateMiddleware
 from service.api.hosts import LOCALHOST, is_loopback
-from service.api.keys import Keyring
+from service.api.keys import Keyring, read_secret
 from service.api.limits import LimitsMiddleware
 from service.api.rates import Rates
+from service.api.sessions import Sessions
 from service.api.shield import ShieldMiddleware
 from service.telemetry import Telemetry
 
@@ -32,11 +33,19 @@ SENT = ("Authorization", "Content-Type", "Idempotency-Key", "If-Match", "X-Actor
 TOLD = ("ETag", "Location", "Retry-After", "Server-Timing", "X-Request-ID")
 """Headers that pages of other origins may send, and read."""
 ANY_HOST = "*"
+PAGES = "/ui/"
 
 
-def guard(app: FastAPI, settings: Settings, routers: Sequence[APIRouter], telemetry: Telemetry) -> None:
-    """Give the app its routes, and what guards them. Raises KeysUnusable, UndeclaredRoute."""
+def guard(
+    app: FastAPI, settings: Settings, routers: Sequence[APIRouter], pages: APIRouter, telemetry: Telemetry
+) -> None:
+    """Give the app its routes, and what guards them. Raises KeysUnusable, UndeclaredRoute.
+
+    pages: of the dashboard. They ask the other routes as anybody does, and are not asked for a key themselves.
+    """
     ring = Keyring(settings.api_keys) if settings.api_keys else None
+    secret = settings.session_secret and read_secret(settings.session_secret)
+    sessions = app.state.sessions = Sessions(ring, secret) if ring else None
     app.state.warnings = ring.warnings if ring else lambda: _warnings(settings)
     for warning in app.state.warnings():
         logger.warning("%s", warning)
@@ -46,9 +55,11 @@ def guard(app: FastAPI, settings: Settings, routers: Sequence[APIRouter], teleme
         GateMiddleware,
         routes=Routes(routers),
         ring=ring,
+        sessions=sessions,
         rates=Rates(settings.rate_reads, settings.rate_changes),
         hosts=_hosts(settings),
         origins=frozenset(settings.cors_origins),
+        pages=PAGES,
     )
     if settings.cors_origins:
         app.add_middleware(
@@ -57,7 +68,7 @@ def guard(app: FastAPI, settings: Settings, routers: Sequence[APIRouter], teleme
         )  # fmt: skip
     app.add_middleware(AccessMiddleware, telemetry=telemetry)
     app.add_middleware(ShieldMiddleware)
-    for router in routers:
+    for router in (*routers, pages):
         app.include_router(router)
     if ring is None:
         app.openapi = _without_a_key(app.openapi)

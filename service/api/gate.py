@@ -20,6 +20,7 @@ from service.api.hosts import host_name, is_address
 from service.api.keys import Key, Keyring
 from service.api.problems import refused
 from service.api.rates import Rates
+from service.api.sessions import Session, Sessions
 
 EDIT_PATH = "/edits/"
 OWN_SITE = ("same-origin", "none")
@@ -27,21 +28,21 @@ OWN_SITE = ("same-origin", "none")
 
 
 class GateMiddleware:
-    """ring: None where there are no keys. hosts: names by which the service may be addressed; None for any.
-    origins: whose pages may ask, where browsers would let them."""
+    """ring, sessions: None where there are no keys. hosts: names by which the service may be addressed; None for any.
+    origins: whose pages may ask, where browsers would let them. pages: below it are pages, which ask for themselves."""
 
     def __init__(
-        self, app: ASGIApp, *, routes: Routes, ring: Keyring | None, rates: Rates, hosts: Set[str] | None,
-        origins: Set[str],
+        self, app: ASGIApp, *, routes: Routes, ring: Keyring | None, sessions: Sessions | None, rates: Rates,
+        hosts: Set[str] | None, origins: Set[str], pages: str,
     ) -> None:  # fmt: skip
-        self.app = app
+        self.app, self._sessions, self._pages = app, sessions, pages
         self._routes, self._ring, self._rates, self._hosts, self._origins = routes, ring, rates, hosts, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there are none, and none that would come past here
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in OPEN or scope["path"].startswith(self._pages):
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -62,9 +63,9 @@ class GateMiddleware:
             try:
                 self._check_host(headers)
                 self._check_site(headers)
-                key = self._key(headers)
+                key, session = self._shown(headers, scope["method"])
                 state["principal"] = key and key.name
-                record.caller = state["caller"] = Caller.of(key, address, self._rates)
+                record.caller = state["caller"] = Caller(key, address, self._rates, session)
                 if declared:
                     record.caller.demand(declared.scope)
             except AccessRefused as error:
@@ -107,10 +108,18 @@ class GateMiddleware:
                 "MEND_CORS_ORIGINS if it is meant, or give the service keys with MEND_API_KEYS"
             )
 
-    def _key(self, headers: Headers) -> Key | None:
+    def _shown(self, headers: Headers, method: str) -> tuple[Key | None, Session | None]:
+        """The key of a request, and the session that stands for it where it is not shown itself."""
         if self._ring is None:
-            return None
+            return None, None
         given = headers.getlist("authorization")
+        session = None if given else self._sessions.of(headers, method)
+        key = session.key if session else self._key(given)
+        if key.expired:
+            raise Unauthenticated(f"this key expired at {key.expires_at.isoformat()}", error="invalid_token")
+        return key, session
+
+    def _key(self, given: list[str]) -> Key:
         scheme, _, token = given[0].strip().partition(" ") if len(given) == 1 else ("", "", "")
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
@@ -118,8 +127,6 @@ class GateMiddleware:
         key = self._ring.find(token)
         if key is None:
             raise Unauthenticated("this key is not one of this service's, or was revoked", error="invalid_token")
-        if key.expired:
-            raise Unauthenticated(f"this key expired at {key.expires_at.isoformat()}", error="invalid_token")
         return key
 
 

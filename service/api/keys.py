@@ -86,6 +86,20 @@ def read_keys(path: Path) -> Keys:
     return _read(path)[0]
 
 
+def read_secret(path: Path) -> bytes:
+    """By which sessions are signed. Raises KeysUnusable."""
+    try:
+        secret = path.read_bytes().strip()
+    except OSError as error:
+        raise KeysUnusable(f"MEND_SESSION_SECRET is {path}, which cannot be read: {error.strerror}") from error
+    if len(secret) < TOKEN_BYTES:
+        raise KeysUnusable(
+            f"MEND_SESSION_SECRET is {path}, which holds fewer than {TOKEN_BYTES} bytes; "
+            f"`openssl rand -hex {TOKEN_BYTES} > {path}` makes a good one"
+        )
+    return secret
+
+
 @contextmanager
 def changed(path: Path) -> Iterator[list[Key]]:
     """The keys of a file, to be changed; they are written in the end, whole or not at all.
@@ -123,6 +137,11 @@ class Keyring:
         """The key of a token, expired or not."""
         self.refresh()
         return find(self._keys, token)
+
+    def named(self, name: str) -> Key | None:
+        """The key with a name, expired or not."""
+        self.refresh()
+        return next((key for key in self._keys if key.name == name), None)
 
     def refresh(self) -> None:
         """Read the file again if it is not the one that was read last."""

@@ -33,6 +33,7 @@ STATUS_BY_CODE = {
     "invalid_utf8": 400,
     "unauthenticated": 401,
     "cross_site": 403,
+    "csrf_failed": 403,
     "forbidden": 403,
     "not_found": 404,
     "edit_not_found": 404,

@@ -11,13 +11,12 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from service.api.hosts import is_loopback
-from service.api.keys import KeysUnusable, read_keys
+from service.api.keys import KeysUnusable, read_keys, read_secret
 from service.cli.options import read_settings, with_settings
 from service.settings import Settings
 
@@ -40,8 +39,13 @@ def serve(**flags: Any) -> None:
 
 def _serve(settings: Settings) -> None:
     # First of all, so that what cannot be right is one clear line at once, before torch is imported.
-    if settings.api_keys is not None:
-        _check_keys(settings.api_keys)
+    try:
+        if settings.api_keys is not None:
+            read_keys(settings.api_keys)
+        if settings.session_secret is not None:
+            read_secret(settings.session_secret)
+    except KeysUnusable as error:
+        sys.exit(f"mend: {error}")
     listening = _listen(settings)
     address, port, *_ = listening.getsockname()
     url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
@@ -132,13 +136,6 @@ def _refusing(flags: Mapping[str, Any]) -> Iterator[None]:
         logs.configure("json", "info")
         logger.critical("%s", end.code.removeprefix("mend: "))
         sys.exit(1)
-
-
-def _check_keys(path: Path) -> None:
-    try:
-        read_keys(path)
-    except KeysUnusable as error:
-        sys.exit(f"mend: {error}")
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -274,7 +274,6 @@ class TestHeaders:
         [
             ("GET /generate?prompt=The", 200),
             ("GET /edits", 200),
-            ("GET /", 307),
             ("GET /docs", 200),
             ("GET /livez", 200),
             ("GET /nothing", 404),
@@ -382,6 +381,3 @@ class TestDocs:
         assert {docs.SCRIPT, docs.STYLE} <= set(page.fetched)
         assert '"/openapi.json"' in script
         assert door().get("/openapi.json").status_code == 200
-
-    def test_are_where_the_root_leads(self, door):
-        assert door().get("/", follow_redirects=True).url.path == "/docs"
