@@ -26,10 +26,12 @@ async def ledger(visit: Visitor, request: Request) -> HTMLResponse:
     filters = {name: request.query_params.get(name, "") for name in FILTERS}
     asked = {name: value for name, value in filters.items() if value}
     wanted = {name: value for name, value in asked.items() if name != "cursor"}
-    twin = f"/edits?{urlencode({**asked, 'limit': PER_PAGE})}"
-    shown = {"filters": filters, "filtered": bool(wanted), "limit": PER_PAGE, "done": done(request)}
+    limit = request.query_params.get("limit", PER_PAGE)
+    twin = f"/edits?{urlencode({**asked, 'limit': limit})}"
+    shown = {"filters": filters, "filtered": bool(wanted), "limit": limit, "done": done(request)}
+    wanted |= {} if limit == PER_PAGE else {"limit": limit}
     try:
-        edits = await visit.api.get("/edits", **asked, limit=PER_PAGE)
+        edits = await visit.api.get("/edits", **asked, limit=limit)
     except Refused as refused:
         return visit.page("ledger.html", twin, refused, **shown, items=[])
     cursor = edits["next_cursor"]
