@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 200, 48, 28, 12, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 180, 46, 28, 12, 10
 MOST_DOTS = 60
 """Beyond which the points of a line are no longer marked one by one."""
 

@@ -24,8 +24,12 @@ def compared(before: Sequence[Any], after: Sequence[Any]) -> tuple[list[Piece], 
     texts = [[_text(token) for token in answer] for answer in (before, after)]
     same: tuple[set[int], set[int]] = (set(), set())
     for block in SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks():
-        same[0].update(range(block.a, block.a + block.size))
-        same[1].update(range(block.b, block.b + block.size))
+        at_an_end = block.a == block.b == 0 or all(
+            first + block.size == len(answer) for first, answer in zip((block.a, block.b), texts, strict=True)
+        )
+        if block.size > 1 or at_an_end:  # that both say "the" somewhere is nothing in common
+            same[0].update(range(block.a, block.a + block.size))
+            same[1].update(range(block.b, block.b + block.size))
     return _pieces(before, same[0]), _pieces(after, same[1])
 
 
