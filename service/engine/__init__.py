@@ -7,6 +7,7 @@ from service.engine.audit import Audit
 from service.engine.batch import Tell
 from service.engine.batch_items import BatchOutcome, ItemStatus
 from service.engine.capacity import Capacity
+from service.engine.edit_weights import WeightChange
 from service.engine.engine import Engine
 from service.engine.errors import (
     AlreadyRolledBack,
@@ -79,6 +80,7 @@ __all__ = [
     "Tell",
     "TextTooLong",
     "Ticket",
+    "WeightChange",
     "Which",
     "Wish",
     "WouldBreakEdits",

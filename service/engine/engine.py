@@ -29,6 +29,7 @@ from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell
 from service.engine.batch_items import BatchOutcome, Item, repeated_batch
 from service.engine.changes import Changes
+from service.engine.edit_weights import WeightChanges
 from service.engine.errors import AlreadyExpired, AlreadyRolledBack, BatchTooLarge, RevisionNotReached, TextTooLong
 from service.engine.export import Snapshot, write_export
 from service.engine.generator import Generator
@@ -77,6 +78,7 @@ class Engine:
         held, guard = HeldEdits(base, answers), Guard(base, self.weights.pristine.upper, guard_prompts)
         self._auditor = Auditor(self.weights, self.history, held)
         self._texts = Texts(base, answers, self.limits)
+        self.weight_changes = WeightChanges(base, checkpoint, ledger, self.history)
         self._generator = Generator(base, self.weights.reading, self.limits, self._telemetry)
         self._journal = Journal(ledger, self.history, self.weights, self._telemetry)
         self._workshop = Workshop(

@@ -28,6 +28,7 @@ TAKES = {
     "GET /edits/audit": "read",
     "GET /edits/audit?fresh=true": "edit",
     "GET /edits/{edit_id}": "read",
+    "GET /edits/{edit_id}/weights": "read",
     "GET /generate": "read",
     "POST /generate": "read",
     "GET /metrics": "read",
