@@ -35,6 +35,7 @@ from service.engine.guard import read_guard_prompts
 from service.engine.history import Edit
 from service.engine.requests import CheckForm, EditRequest, Limits, Note, OnConflict, Outcome, Published
 from service.engine.rollbacks import Reversal
+from service.engine.scorer import Scores
 
 __all__ = [
     "AlreadyRolledBack",
@@ -76,6 +77,7 @@ __all__ = [
     "Said",
     "Sampling",
     "Scored",
+    "Scores",
     "StateFull",
     "Tell",
     "TextTooLong",

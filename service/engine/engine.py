@@ -41,6 +41,7 @@ from service.engine.judge import Judge
 from service.engine.proposal import Proposer
 from service.engine.requests import EditRequest, Limits, Note, OnConflict, Outcome, Published, Terms
 from service.engine.rollbacks import Reversal, Target, engage, put_tag, release, remove_tag, restore, roll_back
+from service.engine.scorer import Scorer
 from service.engine.single import make_edit, repeated_edit, require_time
 from service.engine.texts import Texts
 from service.engine.turns import Places, Turns
@@ -78,6 +79,7 @@ class Engine:
         held, guard = HeldEdits(base, answers), Guard(base, self.weights.pristine.upper, guard_prompts)
         self._auditor = Auditor(self.weights, self.history, held)
         self._texts = Texts(base, answers, self.limits)
+        self.scorer = Scorer(base, self.weights.reading, self._texts)
         self.weight_changes = WeightChanges(base, checkpoint, ledger, self.history)
         self._generator = Generator(base, self.weights.reading, self.limits, self._telemetry)
         self._journal = Journal(ledger, self.history, self.weights, self._telemetry)

@@ -33,6 +33,7 @@ TAKES = {
     "POST /generate": "read",
     "GET /metrics": "read",
     "GET /model": "read",
+    "POST /score": "read",
     "GET /v1/models": "read",
     "GET /v1/models/{model:path}": "read",
     "POST /v1/completions": "read",
