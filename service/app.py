@@ -27,6 +27,7 @@ from service.api import (
     docs,
     edit_weights,
     generation,
+    health,
     metrics,
     openai,
     problems,
@@ -391,7 +392,7 @@ def create_app(
     app.state.service, app.state.waiting, app.state.telemetry = service, Waiting(), telemetry
     log_prompts(settings.log_prompts)
     # A batch before the routes of one edit, whose ids would match its path.
-    others = (rollbacks, edit_weights, generation, scoring, openai, metrics, docs, sessions)
+    others = (rollbacks, edit_weights, generation, scoring, health, openai, metrics, docs, sessions)
     guard(app, settings, [batch.router, router, *(part.router for part in others)], pages.router, telemetry)
     problems.install(app, EngineError, LedgerError, EditorsError)
     visits.install(app)

@@ -29,6 +29,7 @@ from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell
 from service.engine.batch_items import BatchOutcome, Item, repeated_batch
 from service.engine.changes import Changes
+from service.engine.drift import DriftReader
 from service.engine.edit_weights import WeightChanges
 from service.engine.errors import AlreadyExpired, AlreadyRolledBack, BatchTooLarge, RevisionNotReached, TextTooLong
 from service.engine.export import Snapshot, write_export
@@ -78,6 +79,7 @@ class Engine:
         answers = Answers(base, self.limits.answer_tokens)
         held, guard = HeldEdits(base, answers), Guard(base, self.weights.pristine.upper, guard_prompts)
         self._auditor = Auditor(self.weights, self.history, held)
+        self.drift = DriftReader(base, self.weights, guard)
         self._texts = Texts(base, answers, self.limits)
         self.scorer = Scorer(base, self.weights.reading, self._texts)
         self.weight_changes = WeightChanges(base, checkpoint, ledger, self.history)

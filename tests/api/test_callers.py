@@ -33,6 +33,7 @@ TAKES = {
     "POST /generate": "read",
     "GET /metrics": "read",
     "GET /model": "read",
+    "GET /model/health": "read",
     "POST /score": "read",
     "GET /v1/models": "read",
     "GET /v1/models/{model:path}": "read",
