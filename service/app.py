@@ -22,7 +22,19 @@ from editors.base_model import load_base_model
 from editors.checkpoint import CARD, Checkpoint, read_card
 from editors.chosen import choose_editor
 from editors.errors import CheckpointError, EditorsError
-from service.api import batch, docs, generation, metrics, openai, problems, rollbacks, sessions
+from service.api import (
+    batch,
+    docs,
+    edit_weights,
+    generation,
+    health,
+    metrics,
+    openai,
+    problems,
+    rollbacks,
+    scoring,
+    sessions,
+)
 from service.api.doors import guard
 from service.api.routes import router
 from service.api.waiting import Waiting
@@ -380,7 +392,7 @@ def create_app(
     app.state.service, app.state.waiting, app.state.telemetry = service, Waiting(), telemetry
     log_prompts(settings.log_prompts)
     # A batch before the routes of one edit, whose ids would match its path.
-    others = (rollbacks, generation, openai, metrics, docs, sessions)
+    others = (rollbacks, edit_weights, generation, scoring, health, openai, metrics, docs, sessions)
     guard(app, settings, [batch.router, router, *(part.router for part in others)], pages.router, telemetry)
     problems.install(app, EngineError, LedgerError, EditorsError)
     visits.install(app)

@@ -51,6 +51,7 @@ STATUS_BY_CODE = {
     "revision_not_restorable": 409,
     "state_full": 409,
     "would_break_edits": 409,
+    "factors_dropped": 410,
     "revision_mismatch": 412,
     "revision_not_reached": 412,
     "batch_too_large": 413,

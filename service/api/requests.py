@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Path
 from fastapi.exceptions import RequestValidationError
@@ -311,15 +311,6 @@ class RevisionQuery(StrictRequest):
 
 class NoQuery(StrictRequest):
     """For a route whose fields are in its body: one that is misplaced in the URL is refused, not ignored."""
-
-
-class EditsQuery(StrictRequest):
-    """Which edits to list, newest first."""
-
-    status: Literal["applied", "superseded", "rolled_back"] | None = None
-    q: str | None = Field(None, max_length=1000, description="Text in the prompt or the correction.")
-    limit: int = Field(50, ge=1, le=500)
-    cursor: str | None = Field(None, pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the page before.")
 
 
 class AuditQuery(StrictRequest):

@@ -11,12 +11,12 @@ from service.api.archive import ArchiveResponse, archived
 from service.api.callers import Asking, needs
 from service.api.changing import Changing
 from service.api.headers import Loaded, Writable, describe, tag
+from service.api.listing import EditsQuery
 from service.api.problems import responses
 from service.api.requests import (
     AuditQuery,
     EditBody,
     EditQuery,
-    EditsQuery,
     ExportQuery,
     RevisionQuery,
     RollbackQuery,
@@ -90,11 +90,7 @@ def get_edits(query: Annotated[EditsQuery, Query()], engine: Loaded, response: R
     items: list[EditView] = []
     more = False
     for edit in engine.history.newest_first():
-        if query.cursor is not None and edit.applied.sequence >= int(query.cursor):
-            continue
-        if query.status is not None and edit.status != query.status:
-            continue
-        if query.q and query.q.lower() not in f"{edit.applied.prompt}\n{edit.applied.correction}".lower():
+        if not query.picks(edit):
             continue
         if len(items) == query.limit:
             more = True

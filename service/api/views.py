@@ -51,6 +51,7 @@ class ConflictCheck(BaseModel):
 
 class Checks(BaseModel):
     """took: greedy decoding begins with the correction. drawdown: on the guard prompts, against the base, 0 to 1.
+    capacity: how full the fullest weight is then, 0 to 1; null where edits are summed, and of older ones.
     lost: other active edits that held before this one, and no longer with it. conflicts: nearest first."""
 
     took: bool
@@ -59,6 +60,7 @@ class Checks(BaseModel):
     forms: list[FormCheck] = []
     drawdown: float
     drawdown_budget: float
+    capacity: float | None = None
     lost: list[str]
     conflicts: list[ConflictCheck] = []
 

@@ -87,6 +87,13 @@ def edits(
     ] = None,
     status: Annotated[str | None, typer.Option(help="applied, superseded or rolled_back.")] = None,
     q: Annotated[str | None, typer.Option(help="Text in the prompt or the correction.")] = None,
+    actor: Annotated[str | None, typer.Option(help="Text in the name of who made it.")] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Made then or later: 2030-01-31, or 2030-01-31T12:00:00Z.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Made then or before; a day with all of it, in UTC.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="So many at most.")] = 50,
     all_: Annotated[bool, typer.Option("--all", help="Every one, however many.")] = False,
     service: ServiceOption = DEFAULT_SERVICE,
@@ -95,14 +102,15 @@ def edits(
     as_json: JsonOption = False,
 ) -> None:
     """List edits, newest first, or show one."""
-    if edit_id is not None and (status is not None or q is not None):
-        stop("an ID names one edit already; leave out --status and --q")
+    query = {"status": status, "q": q, "actor": actor, "since": since, "until": until}
+    if edit_id is not None and any(value is not None for value in query.values()):
+        stop(f"an ID names one edit already; leave out {', '.join(f'--{name}' for name in query)}")
     with connected(service, wait, as_json=as_json, key_file=key_file) as running:
         if edit_id is not None:
             answer = running.read("GET", edit_path(edit_id), "prompt")
             typer.echo(answer.text if as_json else _shown(answer.body))
             return
-        pages = list(running.edits({"status": status, "q": q}, None if all_ else limit))
+        pages = list(running.edits(query, None if all_ else limit))
     items = [item for page in pages for item in page.body["items"]]
     if as_json:
         first, *more = pages

@@ -7,6 +7,8 @@ from service.engine.audit import Audit
 from service.engine.batch import Tell
 from service.engine.batch_items import BatchOutcome, ItemStatus
 from service.engine.capacity import Capacity
+from service.engine.drift import Drift, GuardPrompt
+from service.engine.edit_weights import WeightChange
 from service.engine.engine import Engine
 from service.engine.errors import (
     AlreadyRolledBack,
@@ -34,8 +36,11 @@ from service.engine.guard import read_guard_prompts
 from service.engine.history import Edit
 from service.engine.requests import CheckForm, EditRequest, Limits, Note, OnConflict, Outcome, Published
 from service.engine.rollbacks import Reversal
+from service.engine.scorer import Scores
+from service.engine.series import MAX_POINTS, Point
 
 __all__ = [
+    "MAX_POINTS",
     "AlreadyRolledBack",
     "Ask",
     "Audit",
@@ -47,6 +52,7 @@ __all__ = [
     "CheckForm",
     "DidNotTake",
     "DrawdownExceeded",
+    "Drift",
     "Edit",
     "EditConflict",
     "EditNotFound",
@@ -60,6 +66,7 @@ __all__ = [
     "FinishReason",
     "GenerationFailed",
     "GenerationTimeout",
+    "GuardPrompt",
     "IdempotencyKeyReused",
     "ItemStatus",
     "Limits",
@@ -69,16 +76,19 @@ __all__ = [
     "Note",
     "OnConflict",
     "Outcome",
+    "Point",
     "Published",
     "Reversal",
     "RevisionMismatch",
     "Said",
     "Sampling",
     "Scored",
+    "Scores",
     "StateFull",
     "Tell",
     "TextTooLong",
     "Ticket",
+    "WeightChange",
     "Which",
     "Wish",
     "WouldBreakEdits",

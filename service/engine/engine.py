@@ -29,6 +29,8 @@ from service.engine.audit import Audit, Auditor
 from service.engine.batch import Batch, Tell
 from service.engine.batch_items import BatchOutcome, Item, repeated_batch
 from service.engine.changes import Changes
+from service.engine.drift import DriftReader
+from service.engine.edit_weights import WeightChanges
 from service.engine.errors import AlreadyExpired, AlreadyRolledBack, BatchTooLarge, RevisionNotReached, TextTooLong
 from service.engine.export import Snapshot, write_export
 from service.engine.generator import Generator
@@ -40,6 +42,7 @@ from service.engine.judge import Judge
 from service.engine.proposal import Proposer
 from service.engine.requests import EditRequest, Limits, Note, OnConflict, Outcome, Published, Terms
 from service.engine.rollbacks import Reversal, Target, engage, put_tag, release, remove_tag, restore, roll_back
+from service.engine.scorer import Scorer
 from service.engine.single import make_edit, repeated_edit, require_time
 from service.engine.texts import Texts
 from service.engine.turns import Places, Turns
@@ -76,7 +79,10 @@ class Engine:
         answers = Answers(base, self.limits.answer_tokens)
         held, guard = HeldEdits(base, answers), Guard(base, self.weights.pristine.upper, guard_prompts)
         self._auditor = Auditor(self.weights, self.history, held)
+        self.drift = DriftReader(base, self.weights, guard)
         self._texts = Texts(base, answers, self.limits)
+        self.scorer = Scorer(base, self.weights.reading, self._texts)
+        self.weight_changes = WeightChanges(base, checkpoint, ledger, self.history)
         self._generator = Generator(base, self.weights.reading, self.limits, self._telemetry)
         self._journal = Journal(ledger, self.history, self.weights, self._telemetry)
         self._workshop = Workshop(

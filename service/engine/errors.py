@@ -18,6 +18,7 @@
     ├── AlreadyStanding          an entry returns an edit that was never taken back
     ├── RevisionNotFound         nothing was ever live under this number
     ├── RevisionNotRestorable    what stood at a revision is no longer kept
+    ├── FactorsDropped           those of an edit that was rolled back are no longer kept
     ├── TagNotFound
     ├── KillSwitchEngaged        no change is made until it is released, and none that is under way goes on
     ├── RevisionMismatch         the caller's expected revision is not the current one
@@ -117,6 +118,17 @@ class RevisionNotFound(EngineError):
 
 class RevisionNotRestorable(EngineError):
     code = "revision_not_restorable"
+
+
+class FactorsDropped(EngineError):
+    code = "factors_dropped"
+
+    def __init__(self, edit_id: str) -> None:
+        super().__init__(
+            f"the factors of edit {edit_id!r} were dropped by compaction after it was rolled back, so what it did to "
+            "the weights can no longer be worked out; GET /edits/{edit_id} still tells what was measured",
+            id=edit_id,
+        )
 
 
 class TagNotFound(EngineError):

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Literal
 
 from service.engine.errors import AlreadyRolledBack, AlreadyStanding, EditNotFound, RevisionNotFound, TagNotFound
+from service.engine.series import Series
 from service.ledger import Applied, Entry, Restored, RolledBack, Tagged
 
 Status = Literal["applied", "superseded", "rolled_back"]
@@ -94,6 +95,7 @@ class History:
         self.switched: Restored | None = None
         """The entry that engaged the kill switch, or released it, last."""
         self.last: Entry | None = None
+        self.series = Series()
 
     # Recording
 
@@ -119,6 +121,7 @@ class History:
             for edit in map(self.find, self._touched(change)):
                 superseder = self._superseder(edit.id, self._standing) if edit.standing else None
                 self._edits[edit.id] = replace(edit, superseded_by=superseder)
+            self.series.record(entry, len(change.returning), len(change.leaving))
             if isinstance(entry, Restored) and entry.kill_switch not in (None, self._position):
                 self.switched = entry
         if entry.idempotency_key is not None:
@@ -126,7 +129,7 @@ class History:
         self.last = entry
 
     def _apply(self, entry: Applied) -> None:
-        self.change(entry)  # whether it may
+        change = self.change(entry)  # also whether it may
         self._edits[entry.edit_id] = Edit(entry)
         self._by_prompt.setdefault(self._same_prompt(entry.prompt), []).append(entry.edit_id)
         self._by_factors.setdefault(entry.factors_digest, []).append(entry.edit_id)
@@ -137,6 +140,7 @@ class History:
             self._expiring[entry.edit_id] = entry.expires_at
         if entry.batch is not None:
             self._ends[entry.sequence] = entry.sequence + entry.batch.size - entry.batch.position
+        self.series.record(entry, 1, len(change.leaving))
 
     def fork(self) -> History:
         """Another history of the same edits, into which more can be recorded without anybody seeing it."""
@@ -146,6 +150,7 @@ class History:
             setattr(other, name, {key: list(ids) for key, ids in getattr(self, name).items()})
         for name in ("_edits", "_by_key", "_expiring", "_ends", "_tags"):
             setattr(other, name, dict(getattr(self, name)))
+        other.series = self.series.fork()
         return other
 
     def adopt(self, other: History) -> None:

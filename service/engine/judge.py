@@ -40,11 +40,13 @@ class Verdict:
 class Harm:
     """What all that is staged does to the rest. drawdown: on the guard prompts, 0 to 1.
 
+    capacity: how much of it is taken, 0 to 1; None of a state that has no such figure.
     lost: other active edits that hold now, and would no longer.
     """
 
     drawdown: float
     drawdown_budget: float
+    capacity: float | None
     lost: tuple[Edit, ...]
 
     @property
@@ -64,6 +66,7 @@ def checks(verdict: Verdict, harm: Harm, place: Place) -> dict[str, JsonValue]:
         "forms": list(verdict.forms),
         "drawdown": harm.drawdown,
         "drawdown_budget": harm.drawdown_budget,
+        "capacity": harm.capacity,
         "lost": [edit.id for edit in harm.lost],
         "conflicts": place.checks(),
     }
@@ -126,6 +129,7 @@ class Judge:
         return Harm(
             drawdown=self._guard.drawdown(self._weights.candidate.upper),
             drawdown_budget=self._limits.guard_budget,
+            capacity=self._weights.state.fullness(),
             lost=tuple(self._held.lost(others, self._weights.live, self._weights.candidate)),
         )
 

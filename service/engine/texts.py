@@ -118,3 +118,14 @@ class Texts:
                 tokens=tokens + new_tokens,
                 limit=self._positions,
             )
+
+    def check_answer(self, name: str, tokens: Tokens) -> None:
+        """Refuse an answer that is longer than what may be generated, or than a decoder of its own has positions."""
+        count, limit = len(tokens.target), self._limits.new_tokens
+        if self._positions is not None and tokens.decoder_inputs:
+            before = len(tokens.decoder_inputs) - count  # the last one is not read
+            limit = min(limit, self._positions - before)
+        if count > limit:
+            raise TextTooLong(
+                f"{name} has {count} tokens, more than {limit}; shorten it", field=name, tokens=count, limit=limit
+            )

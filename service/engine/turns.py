@@ -12,19 +12,21 @@ from service.engine.requests import EditRequest, Note
 MAX_WAITING = 12
 """Changes that wait for the one under way, and readers that wait for a revision, at most of each: every one holds a
 thread, of which generation needs some too."""
+MAX_READING = 6
+"""Requests for something that is worked out of the model beside all that goes on, likewise."""
 
 
 class Places:
     """So many may be in here at once. what: as it is told to those who find no place."""
 
-    def __init__(self, what: str) -> None:
-        self._free, self._what = threading.BoundedSemaphore(MAX_WAITING), what
+    def __init__(self, what: str, most: int = MAX_WAITING) -> None:
+        self._free, self._what, self._most = threading.BoundedSemaphore(most), what, most
 
     @contextmanager
     def one(self) -> Iterator[None]:
         """A place. Raises Busy when there is none."""
         if not self._free.acquire(blocking=False):
-            raise Busy(f"too many {self._what} are waiting; try again shortly", limit=MAX_WAITING)
+            raise Busy(f"too many {self._what} are waiting; try again shortly", limit=self._most)
         try:
             yield
         finally:

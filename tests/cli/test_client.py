@@ -172,6 +172,10 @@ class TestEdits:
         assert mend("edits", "--status", "applied").out.startswith(f"{made[0]['id']}  ")
         assert mend("edits", "--q", "nobody asks this") == Ended(0, "", "mend: no edits\n")
         assert mend("edits", "--status", "lost").refusal.endswith("(invalid_request)")
+        at = made[0]["created_at"]
+        assert mend("edits", "--since", at, "--limit", 1).out.startswith(f"{made[0]['id']}  ")
+        assert mend("edits", "--since", at, "--until", at[:10], "--actor", "nobody") == Ended(0, "", "mend: no edits\n")
+        assert "2030-01-31" in mend("edits", "--until", "yesterday").refusal
 
     @pytest.mark.parametrize("given", [["--limit", "1"], ["--limit", "3"], ["--q", "the", "--limit", "2"], []])
     def test_as_json_are_the_services_own_answer(self, mend, live, made, given):
@@ -199,7 +203,8 @@ class TestEdits:
         assert ended.refusal.endswith("found)")
 
     def test_one_needs_no_filter(self, mend):
-        assert "leave out --status" in mend("edits", "edit_1", "--status", "applied").refusal
+        for given in (("--status", "applied"), ("--q", "a"), ("--actor", "me"), ("--since", "2026-01-01")):
+            assert "leave out --status, --q, --actor" in mend("edits", "edit_1", *given).refusal
 
 
 class TestGenerate:

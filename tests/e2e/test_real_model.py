@@ -19,6 +19,22 @@ def says(server: Server, prompt: str, view: str = "live") -> str:
     return server.get("/generate", prompt=prompt, view=view, max_new_tokens=12)["text"]
 
 
+def scores_what_it_says(server: Server) -> None:
+    """Texts of the model have the log-probabilities with which it wrote them, characters of several tokens included."""
+    for asked in ({"prompt": PROMPT}, {"prompt": "Émile Zola 日本語 🌊 東京は"},
+                  {"messages": [{"role": "user", "content": "Say something with an emoji 🌊."}]}):  # fmt: skip
+        for view in ("live", "base"):
+            body = {**asked, "view": view, "max_new_tokens": 12, "logprobs": 0}
+            said = server.client.post("/generate", json=body).json()
+            text = said["text"].rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that was cut short
+            found = server.client.post("/score", json={**asked, "continuation": text}).json()
+            assert bytes(byte for each in found["tokens"] for byte in each["bytes"]).decode() == text
+            assert len(found["tokens"]) > 6
+            for each, token in zip(found["tokens"], said["logprobs"], strict=False):
+                assert each["id"] == token["id"]
+                assert each[view] == pytest.approx(token["logprob"], abs=1e-3)
+
+
 def test_a_fact_is_corrected_survives_a_kill_and_is_taken_back_bit_for_bit(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with serving(data, tmp_path / "first.log") as server:
@@ -49,6 +65,14 @@ def test_a_fact_is_corrected_survives_a_kill_and_is_taken_back_bit_for_bit(tmp_p
         corrected = server.get("/model")
         assert corrected["digest"] == edit["digest"] != pristine["digest"]
         answered = says(server, PROMPT)
+        scores_what_it_says(server)
+        health = server.get("/model/health")
+        assert health["drawdown"] == edit["checks"]["drawdown"]
+        assert health["series"][-1]["capacity"] == edit["checks"]["capacity"] == corrected["capacity"]["fullness"] > 0
+        assert [each for each in health["guard"] if each["moved"]] == [
+            each for each in health["guard"] if each["live"] != each["base"]
+        ]
+        assert all(0 < each["relative"] < 1 for each in server.get(f"/edits/{edit['id']}/weights")["items"])
         server.kill()
 
     with serving(data, tmp_path / "second.log") as server:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import UTC, datetime
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.history import History
+from service.engine.series import MAX_POINTS, Series
 from service.ledger import Applied, Entry, Restored, RolledBack
-from tests.ledger.entries import applied, restored, rolled_back
+from tests.ledger.entries import applied, batch, restored, rolled_back, tagged
 
 NOW = datetime.now(UTC)
 steps = st.lists(
@@ -61,6 +63,8 @@ def test_is_what_the_definition_says_after_any_entries(steps):
                 continue
             entry = rolled_back(sequence, standing[what % len(standing)], created_at=NOW)
         change = history.change(entry)
+        if what % 2 if isinstance(what, int) else what == "b":  # as a replay does
+            history.adopt(history.fork())
         history.record(entry)
         entries.append(entry)
         active.append(active_by_definition(entries))
@@ -79,3 +83,39 @@ def test_is_what_the_definition_says_after_any_entries(steps):
             assert edit.status == ("applied" if edit.active else "superseded" if edit.standing else "rolled_back")
         for revision, expected in enumerate(active):
             assert [edit.id for edit in history.active_at(revision)] == expected
+        points = [(point.revision, point.kind, point.active_edits) for point in history.series.until(sequence, 20)]
+        assert points == [
+            (revision, entries[revision - 1].kind, len(now))
+            for revision, (before, now) in enumerate(itertools.pairwise(active), 1)
+            if before != now
+        ]
+
+
+class TestTheSeries:
+    def test_has_the_figures_of_the_judgement_where_there_are_any(self):
+        history = History()
+        history.record(applied(1, prompt="a", checks={"drawdown": 0.25, "capacity": 0.5}))
+        history.record(applied(2, prompt="b", checks={"drawdown": 0.25, "capacity": None}))
+        history.record(applied(3, prompt="c"))
+        history.record(rolled_back(4))
+        points = history.series.until(4, 10)
+        figures = [(point.drawdown, point.capacity) for point in points]
+        assert figures == [(0.25, 0.5), (0.25, None), (None, None), (None, None)]
+
+    def test_has_one_point_for_a_batch_and_none_for_what_changes_nothing(self):
+        history = History()
+        for entry, _ in batch(1, [b"", b"", b""]):
+            history.record(entry.model_copy(update={"prompt": entry.edit_id}))
+        history.record(tagged(4, "named", 3))
+        history.record(restored(5, 3))
+        points = history.series.until(5, 10)
+        assert [(point.revision, point.active_edits) for point in points] == [(3, 3)]
+
+    def test_ends_where_it_is_to_and_keeps_the_newest(self):
+        series = Series()
+        for sequence in range(1, MAX_POINTS + 4):
+            series.record(applied(sequence), 1, 0)
+        points = series.until(MAX_POINTS + 1, MAX_POINTS)
+        assert [points[0].revision, points[-1].revision] == [4, MAX_POINTS + 1]
+        assert [point.revision for point in series.until(10, 2)] == [9, 10]
+        assert points[-1].active_edits == MAX_POINTS + 1

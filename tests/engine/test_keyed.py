@@ -118,6 +118,20 @@ def test_fullness_is_told(open_engine):
     assert 0 < engine.published.fullness < 1
 
 
+def test_capacity_is_kept_with_every_edit(open_engine):
+    engine = open_engine("keyed-capacity")
+    (first, second) = make_edits(engine, 2)
+    assert engine.history.find(second).applied.checks["capacity"] == engine.published.fullness
+    points = engine.history.series.until(engine.published.revision, 10)
+    assert 0 < points[0].capacity < points[1].capacity == engine.published.fullness
+    again = open_engine("keyed-capacity")
+    again.rollback(first)
+    *replayed, last = again.history.series.until(again.published.revision, 10)
+    assert replayed == points
+    assert (last.capacity, last.active_edits) == (None, 1)
+    assert again.history.series.until(2, 10) == points
+
+
 class TestBatch:
     @pytest.fixture
     def batch(self, open_engine) -> Batch:

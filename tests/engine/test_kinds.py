@@ -7,7 +7,9 @@ import uuid
 import pytest
 
 from editors.base_model import BaseModel, weights_digest
+from editors.errors import UnknownLabel
 from service.engine import EditRefused, EditRequest, TextTooLong
+from service.engine.guard import REFERENCE_TOKENS
 
 pytestmark = pytest.mark.parametrize("base", ["t5", "bart", "bert"], indirect=True)
 COUNTRIES = ("France", "England", "Italy", "Germany", "Spain", "Norway", "Austria")
@@ -77,3 +79,44 @@ def test_only_a_decoders_answer_needs_room_behind_the_prompt(engine):
     if positions:
         with pytest.raises(TextTooLong):
             engine.generate(words + " the", 1)
+
+
+def test_a_text_is_scored_on_both_views(engine):
+    (outcome,) = made(engine, 1)
+    prompt = outcome.applied.prompt
+    said = engine.generate(prompt, 4)[0].text
+    scores = engine.scorer.score(prompt, said)
+    spelt = b"".join(token.spelt for token in scores.tokens).decode()
+    assert spelt.strip() == said.strip()
+    assert scores.published == engine.published
+    assert sum(token.live for token in scores.tokens) > sum(token.base for token in scores.tokens)
+    if engine.base.kind == "classifier":
+        assert len(scores.tokens) == 1
+        with pytest.raises(UnknownLabel):
+            engine.scorer.score(prompt, " Paris")
+    else:
+        with pytest.raises(TextTooLong) as caught:
+            engine.scorer.score(prompt, "x" * 600)
+        assert caught.value.facts["field"] == "continuation"
+        if engine.base.model.config.model_type == "bart":  # of 64 positions, of which the first two are not its own
+            assert len(engine.scorer.score(prompt, "x" * 63).tokens) == 63
+            with pytest.raises(TextTooLong):
+                engine.scorer.score(prompt, "x" * 64)
+
+
+def test_the_guard_tells_what_is_said(engine):
+    made(engine, 2)
+    published, drift = engine.drift.read()
+    assert published == engine.published
+    for each in drift.prompts:
+        assert each.base == engine.generate(each.prompt, each.tokens, "base")[0].text
+        assert (each.moved > 0) == (each.live != each.base)
+        if each.moved:
+            assert each.live == engine.generate(each.prompt, REFERENCE_TOKENS)[0].text
+
+
+def test_the_weights_of_an_edit_are_those_that_moved(engine):
+    (outcome,) = made(engine, 1)
+    for each in engine.weight_changes.of(outcome.applied.edit_id):
+        base, live = (model.get_parameter(each.name) for model in (engine.base.model, engine.weights.live.model))
+        assert each.norm == pytest.approx((live.double() - base.double()).norm().item(), rel=1e-3, abs=1e-5)
