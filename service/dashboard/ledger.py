@@ -88,6 +88,7 @@ async def scored(visit: Visit, asked: dict[str, Any], text: str) -> dict[str, An
 
     asked: with its prompt, and its messages if it has any.
     """
+    text = text.rstrip("\ufffd")  # of a character that was cut off, for which no token stands
     if not text:
         return None
     prompt = {"messages": asked["messages"]} if asked.get("messages") else {"prompt": asked["prompt"]}

@@ -190,9 +190,10 @@ let stream = null;
 
 const mark = async (prompt, view) => {
   const place = $(`#said-${view}`);
-  if (!place.textContent) return;
+  const continuation = place.textContent.replace(/\uFFFD+$/, ""); // a character that was cut off has no token
+  if (!continuation) return;
   const headers = { "Content-Type": "application/json", "X-CSRF-Token": $("#play").elements.csrf_token.value };
-  const body = JSON.stringify({ prompt, continuation: place.textContent });
+  const body = JSON.stringify({ prompt, continuation });
   const answer = await fetch("/score", { method: "POST", headers, body });
   if (!answer.ok) return;
   const pieces = (await answer.json()).tokens.map((token) => {
