@@ -102,13 +102,13 @@ class Journal:
         self._weights.write_candidate()
         self._weights.publish(self._weights.as_published(last.sequence, last.state_digest))
 
-    def sees_kill(self) -> bool:
-        """Whether the kill switch is engaged beyond what was reached. For any thread, while the writer is at work."""
+    def sees_kill(self) -> int | None:
+        """Where the kill switch is engaged beyond what was reached. For any thread, while the writer is at work."""
         for _, fields in self._ledger.page(self.reached, snapshot=False):
             entry = decode(fields[b"entry"])
             if isinstance(entry, Restored) and entry.kill_switch == "engaged":
-                return True
-        return False
+                return entry.sequence
+        return None
 
     def _read_on(self) -> list[Entry]:
         """What the ledger holds beyond what was reached.
