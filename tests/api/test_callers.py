@@ -39,6 +39,7 @@ TAKES = {
     "GET /v1/models/{model:path}": "read",
     "POST /v1/completions": "read",
     "POST /v1/chat/completions": "read",
+    "GET /replicas": "read",
     "GET /revision": "read",
     "GET /revision?verify=true": "edit",
     "POST /edits": "edit",
