@@ -26,6 +26,7 @@ from service.api import (
     batch,
     docs,
     edit_weights,
+    events,
     generation,
     health,
     metrics,
@@ -37,6 +38,7 @@ from service.api import (
     sessions,
 )
 from service.api.doors import guard
+from service.api.events import Events
 from service.api.routes import router
 from service.api.waiting import Waiting
 from service.confidential import log_prompts
@@ -156,9 +158,10 @@ class Service:
     """What one process holds. `failure`: why it could not start, in one line."""
 
     def __init__(
-        self, settings: Settings, telemetry: Telemetry, on_failure: Callable[[], None], on_ready: Callable[[], None]
-    ) -> None:
-        self._settings, self._telemetry = settings, telemetry
+        self, settings: Settings, telemetry: Telemetry, listeners: Events,
+        on_failure: Callable[[], None], on_ready: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._settings, self._telemetry, self._events = settings, telemetry, listeners
         self._on_failure, self._on_ready = on_failure, on_ready
         self._engine: Engine | None = None
         self._embedded: EmbeddedRedis | None = None
@@ -181,7 +184,8 @@ class Service:
                 thread.join()
 
     def drain(self, within_s: float) -> None:
-        """Let what is being generated end by then, since the service stops."""
+        """Let what is being generated end by then, and those who listen leave at once, since the service stops."""
+        self._events.end()
         if self._engine is not None:
             self._engine.end_generations(within_s)
 
@@ -249,6 +253,7 @@ class Service:
                 self.failure, *more = said or [type(error).__name__]
                 for line in more:
                     logger.error("%s", line)
+                self._events.end()
                 self._on_failure()
                 return
             if self._stopping.is_set():
@@ -328,8 +333,9 @@ def create_app(
     Raises TracingUnavailable, and KeysUnusable when the file of keys cannot be read.
     """
     own = None if tracer_provider else open_tracer_provider(settings.otlp_endpoint, VERSION)
-    telemetry = Telemetry(tracer_provider or own)
-    service = Service(settings, telemetry, on_failure, on_ready)
+    listeners = Events()
+    telemetry = Telemetry(tracer_provider or own, listeners.tell)
+    service = Service(settings, telemetry, listeners, on_failure, on_ready)
     telemetry.registry.register(metrics.StateCollector(service, VERSION))
 
     @asynccontextmanager
@@ -351,9 +357,10 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service, app.state.waiting, app.state.telemetry = service, Waiting(), telemetry
+    app.state.events = listeners
     log_prompts(settings.log_prompts)
     # A batch before the routes of one edit, whose ids would match its path.
-    others = (rollbacks, edit_weights, generation, scoring, health, openai, replicas, metrics, docs, sessions)
+    others = (rollbacks, edit_weights, generation, scoring, health, openai, events, replicas, metrics, docs, sessions)
     guard(app, settings, [batch.router, router, *(part.router for part in others)], pages.router, telemetry)
     problems.install(app, EngineError, LedgerError, EditorsError)
     visits.install(app)

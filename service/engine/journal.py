@@ -12,6 +12,7 @@ from editors.factors import Factors
 from service.engine.clock import Clock
 from service.engine.errors import EngineError, LedgerDiverged
 from service.engine.history import Edit, History
+from service.engine.requests import Published
 from service.engine.weights import Weights
 from service.failpoints import reach
 from service.ledger import Entry, FactorsMissing, RedisLedger, Restored, decode
@@ -60,7 +61,7 @@ class Journal:
                 self._record(entry)
             self._weights.settle()
             reach("settle")
-            self._weights.publish(published)
+            self._publish(published)
         return clock.laps
 
     def catch_up(self) -> None:
@@ -100,7 +101,11 @@ class Journal:
             )
         reach("replay")
         self._weights.write_candidate()
-        self._weights.publish(self._weights.as_published(last.sequence, last.state_digest))
+        self._publish(self._weights.as_published(last.sequence, last.state_digest))
+
+    def _publish(self, published: Published) -> None:
+        self._weights.publish(published)
+        self._telemetry.published()
 
     def sees_kill(self) -> int | None:
         """Where the kill switch is engaged beyond what was reached. For any thread, while the writer is at work."""
