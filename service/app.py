@@ -1,8 +1,8 @@
 """Wire everything together: settings -> base model, editor, ledger -> engine -> HTTP. The only place that does.
 
-One keeper thread loads the model, replays the ledger and then follows it, so that the port answers (`/livez`, and 503
-with a reason) from the first moment. Others audit the edits from time to time and compact the ledger, and roll back
-what expires. What fails while loading ends the process with one clear line.
+One keeper thread loads the model, replays the ledger and then watches it (`service.watch`), so that the port answers
+(`/livez`, and 503 with a reason) from the first moment. Others audit the edits from time to time and compact the
+ledger, and roll back what expires. What fails while loading ends the process with one clear line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime
 
@@ -26,16 +26,19 @@ from service.api import (
     batch,
     docs,
     edit_weights,
+    events,
     generation,
     health,
     metrics,
     openai,
     problems,
+    replicas,
     rollbacks,
     scoring,
     sessions,
 )
 from service.api.doors import guard
+from service.api.events import Events
 from service.api.routes import router
 from service.api.waiting import Waiting
 from service.confidential import log_prompts
@@ -44,31 +47,26 @@ from service.dashboard import visits
 from service.engine import EditorChanged, Engine, EngineError, Limits, NotReady, read_guard_prompts
 from service.ledger import (
     EmbeddedRedis,
-    EmbeddedRedisError,
     LedgerError,
-    LedgerNotDurable,
     LedgerUnavailable,
     OutcomeUnknown,
     RedisLedger,
+    Seen,
 )
 from service.settings import DEFAULT_EDITOR, Settings
 from service.telemetry import Telemetry
 from service.tracing import close, open_tracer_provider
+from service.watch import EXPECTED, WATCH_EVERY_S, Watch
 
 logger = logging.getLogger("mend")
 
 VERSION = "0.1.0"
-WATCH_EVERY_S = 1.0
-"""Between two looks at whether Redis is well, at most; what other services append is followed at once."""
-BUSY_WAIT_S = 0.1
 LOADING_ENDS_WITHIN_S = 10.0
 EXPIRY_EVERY_S = 0.25
 """Between two looks at which edit expires next, at most."""
 HOUSEKEEPING_EVERY_S = 10.0
 """Between two looks at whether there is anything to audit or to compact."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXPECTED = (EditorsError, EngineError, LedgerError, OSError, ValueError)
-"""What may keep a service from being opened and says why in one line; anything else is a mistake of ours."""
 
 
 @contextmanager
@@ -160,16 +158,14 @@ class Service:
     """What one process holds. `failure`: why it could not start, in one line."""
 
     def __init__(
-        self, settings: Settings, telemetry: Telemetry, on_failure: Callable[[], None], on_ready: Callable[[], None]
-    ) -> None:
-        self._settings, self._telemetry = settings, telemetry
+        self, settings: Settings, telemetry: Telemetry, listeners: Events,
+        on_failure: Callable[[], None], on_ready: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._settings, self._telemetry, self._events = settings, telemetry, listeners
         self._on_failure, self._on_ready = on_failure, on_ready
         self._engine: Engine | None = None
         self._embedded: EmbeddedRedis | None = None
-        self._trouble: dict[str, str] = {}
-        self.mismatches = 0
-        """How often this replica took itself out because its state is not that of the ledger."""
-        self._warnings: tuple[str, ...] = ()
+        self._watch: Watch | None = None
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
@@ -188,7 +184,8 @@ class Service:
                 thread.join()
 
     def drain(self, within_s: float) -> None:
-        """Let what is being generated end by then, since the service stops."""
+        """Let what is being generated end by then, and those who listen leave at once, since the service stops."""
+        self._events.end()
         if self._engine is not None:
             self._engine.end_generations(within_s)
 
@@ -201,9 +198,14 @@ class Service:
         """The engine. Raises NotReady while the model is loading, and while the ledger contradicts it."""
         if self._engine is None:
             raise NotReady("the model is still being loaded; try again shortly, /readyz tells when")
-        if "state" in self._trouble:
-            raise NotReady(self._trouble["state"])
+        trouble = self._trouble
+        if "state" in trouble:
+            raise NotReady(trouble["state"])
         return self._engine
+
+    @property
+    def _trouble(self) -> dict[str, str]:
+        return self._watch.trouble if self._watch else {}
 
     def checks(self) -> dict[str, str]:
         """Each part that readiness depends on: `ok`, or its trouble."""
@@ -214,8 +216,9 @@ class Service:
 
     def require_ledger(self) -> None:
         """Raises LedgerUnavailable while the ledger is known to be gone, so that nobody waits to be told."""
-        if "ledger" in self._trouble:
-            raise LedgerUnavailable(self._trouble["ledger"], reason="known")
+        trouble = self._trouble
+        if "ledger" in trouble:
+            raise LedgerUnavailable(trouble["ledger"], reason="known")
 
     def head(self) -> int | None:
         """The last revision of the ledger; None while it cannot be asked, without trying again to."""
@@ -227,12 +230,22 @@ class Service:
 
     def warnings(self) -> list[str]:
         """What may go wrong, but need not: how Redis may lose edits, where that is accepted."""
-        return list(self._warnings)
+        return list(self._watch.warnings) if self._watch else []
+
+    @property
+    def mismatches(self) -> int:
+        """How often this replica took itself out because its state is not that of the ledger."""
+        return self._watch.mismatches if self._watch else 0
+
+    def replicas(self) -> tuple[str, list[Seen]]:
+        """The id of this service, and every service on its ledger, once the engine is loaded. Raises LedgerError."""
+        self.require_ledger()
+        return self._watch.id, self._watch.replicas()
 
     def _keep(self) -> None:
         with ExitStack() as stack:
             try:
-                self._engine, self._embedded = stack.enter_context(opened(self._settings, self._telemetry))
+                engine, self._embedded = stack.enter_context(opened(self._settings, self._telemetry))
             except Exception as error:  # whatever it was: a service that can never be ready has to end
                 if not isinstance(error, EXPECTED):
                     logger.exception("an error on our side")
@@ -240,29 +253,21 @@ class Service:
                 self.failure, *more = said or [type(error).__name__]
                 for line in more:
                     logger.error("%s", line)
+                self._events.end()
                 self._on_failure()
                 return
             if self._stopping.is_set():
                 return
-            published = self._engine.published
+            self._watch = Watch(engine, self._embedded, VERSION, self._stopping)
+            self._watch.look()
+            self._engine, published = engine, engine.published
             logger.info(
                 "revision %d, %d active edits, state %s", published.revision, published.active_edits, published.digest
             )
             self._on_ready()
             self._housekeeper.start()
             self._expirer.start()
-            while not self._stopping.is_set():
-                self._watch(self._engine)
-                self._await_news(self._engine)
-
-    def _await_news(self, engine: Engine) -> None:
-        """Until somebody appends to the ledger, or it is time to look after Redis again."""
-        try:
-            engine.ledger.wait(max(engine.published.revision, engine.reached), WATCH_EVERY_S)
-        except Exception:  # it is told by the watch
-            self._stopping.wait(WATCH_EVERY_S)
-        if self._trouble:
-            self._stopping.wait(WATCH_EVERY_S)
+            self._watch.run()
 
     def _keep_house(self) -> None:
         """Look from time to time whether the edits hold and the ledger is short. The watch must not wait for either."""
@@ -314,45 +319,6 @@ class Service:
                 "rolled back were dropped", done.sequence, done.snapshot_bytes, done.dropped_factors,
             )  # fmt: skip
 
-    def _warn(self, weaknesses: Sequence[str]) -> None:
-        for weakness in weaknesses:
-            if weakness not in self._warnings:
-                logger.warning("Redis may lose edits: %s", weakness)
-        self._warnings = tuple(weaknesses)
-
-    def _watch(self, engine: Engine) -> None:
-        """Bring the embedded Redis back if it died, follow the ledger, and say what is wrong."""
-        trouble: dict[str, str] = {}
-        try:
-            if self._embedded is not None:
-                self._embedded.ensure_running()
-            durability = engine.ledger.inspect()
-            self._warn(durability.weaknesses)
-            if durability.refuses:
-                trouble["ledger"] = f"{durability.server} stores nothing: {durability.refuses}"
-            if not engine.follow():  # a change is under way, and would be first to see what is new
-                trouble |= {part: said for part, said in self._trouble.items() if part == "state"}
-                self._stopping.wait(BUSY_WAIT_S)
-        except LedgerNotDurable as error:
-            self._warn(error.facts["weaknesses"])
-            trouble["durability"] = str(error)
-        except (LedgerUnavailable, EmbeddedRedisError) as error:
-            trouble["ledger"] = str(error)
-        except EXPECTED as error:
-            trouble["state"] = str(error)
-        except Exception as error:  # the watch goes on, whatever it was
-            if "state" not in self._trouble:
-                logger.exception("an error on our side")
-            trouble["state"] = str(error) or type(error).__name__
-        if trouble != self._trouble:
-            for part, problem in trouble.items():
-                logger.error("%s: %s", part, problem)
-            if not trouble:
-                logger.info("the ledger is back")
-            if "state" in trouble and "state" not in self._trouble:
-                self.mismatches += 1
-        self._trouble = trouble
-
 
 def create_app(
     settings: Settings,
@@ -367,8 +333,9 @@ def create_app(
     Raises TracingUnavailable, and KeysUnusable when the file of keys cannot be read.
     """
     own = None if tracer_provider else open_tracer_provider(settings.otlp_endpoint, VERSION)
-    telemetry = Telemetry(tracer_provider or own)
-    service = Service(settings, telemetry, on_failure, on_ready)
+    listeners = Events()
+    telemetry = Telemetry(tracer_provider or own, listeners.tell)
+    service = Service(settings, telemetry, listeners, on_failure, on_ready)
     telemetry.registry.register(metrics.StateCollector(service, VERSION))
 
     @asynccontextmanager
@@ -390,9 +357,10 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service, app.state.waiting, app.state.telemetry = service, Waiting(), telemetry
+    app.state.events = listeners
     log_prompts(settings.log_prompts)
     # A batch before the routes of one edit, whose ids would match its path.
-    others = (rollbacks, edit_weights, generation, scoring, health, openai, metrics, docs, sessions)
+    others = (rollbacks, edit_weights, generation, scoring, health, openai, events, replicas, metrics, docs, sessions)
     guard(app, settings, [batch.router, router, *(part.router for part in others)], pages.router, telemetry)
     problems.install(app, EngineError, LedgerError, EditorsError)
     visits.install(app)

@@ -1,6 +1,7 @@
 """What is counted and traced while it happens: edits, their steps, generations, requests.
 
-Flow: engine and routes tell one Telemetry; `GET /metrics` reads its registry, a collector gets the spans of its tracer.
+Flow: engine and routes tell one Telemetry; `GET /metrics` reads its registry, a collector gets the spans of its tracer,
+and whoever listens (`GET /events`) is told of each step as it begins and ends.
 Each application has one of its own, so that several in one process share no figure. What can be read at any time
 (revision, capacity, lag) is not here, but read at the scrape (`service.api.metrics`).
 """
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Count
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -19,6 +21,7 @@ from typing import Any, Literal, Self
 from opentelemetry import trace
 from opentelemetry.trace import NoOpTracerProvider, Span, StatusCode, TracerProvider
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from structlog.contextvars import get_contextvars
 
 disable_created_metrics()  # else every series had another one, of when it began
 
@@ -34,10 +37,29 @@ ROLLBACKS = ("rollback", "restore", "kill", "revive", "expire")
 """Kinds of changes that take edits back or return them."""
 
 
+@dataclass(frozen=True)
+class StepNews:
+    """A step of a change has begun, or ended. request_id: None where no request asked for the change."""
+
+    request_id: str | None
+    kind: Kind
+    step: str
+    state: Literal["begun", "ended"]
+    ms: float | None = None
+
+
+Tell = Callable[[StepNews | None], None]
+"""Is told of a step; None: another state is live. Called by the thread that does it, which must not be held up."""
+
+_under_way: ContextVar[tuple[str | None, Kind] | None] = ContextVar("under_way", default=None)
+"""Who asked for the change that this context is making, and which kind it is."""
+
+
 class Telemetry:
     """Threads may share one. tracer_provider: takes the spans; without it there are none."""
 
-    def __init__(self, tracer_provider: TracerProvider | None = None) -> None:
+    def __init__(self, tracer_provider: TracerProvider | None = None, tell: Tell = lambda _: None) -> None:
+        self._tell = tell
         self.tracer = (tracer_provider or NoOpTracerProvider()).get_tracer("mend-service")
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -90,6 +112,7 @@ class Telemetry:
         change nothing that is counted.
         """
         change = Change()
+        before = _under_way.set((get_contextvars().get("request_id"), kind))
         seconds = self._change_seconds[kind].time() if kind in self._change_seconds else nullcontext()
         with seconds, self._in_a_span(kind):
             try:
@@ -99,6 +122,7 @@ class Telemetry:
                 change.came_to(code_of(error), items if kind == "batch" and items else edits)
                 raise
             finally:
+                _under_way.reset(before)
                 for outcome, number in change.outcomes.items():
                     if kind in self._outcomes:
                         self._outcomes[kind](outcome).inc(number)
@@ -124,7 +148,18 @@ class Telemetry:
     def step(self, name: str, **attributes: Attribute) -> Step:
         """Begin a step of a change."""
         span = self.tracer.start_span(name, attributes=_named(attributes))
-        return Step(name, span, self._step_seconds.labels(name))
+        under_way = _under_way.get()
+        tell = partial(self._tell_step, *under_way, name) if under_way else None
+        return Step(name, span, self._step_seconds.labels(name), tell)
+
+    def _tell_step(
+        self, request_id: str | None, kind: Kind, step: str, state: Literal["begun", "ended"], ms: float | None = None
+    ) -> None:
+        self._tell(StepNews(request_id, kind, step, state, ms))
+
+    def published(self) -> None:
+        """Another state is live."""
+        self._tell(None)
 
     def generation(self, view: str) -> Generating:
         """Begin a generation on a view, in the span of the request that wants it."""
@@ -196,9 +231,11 @@ def _status(item: Mapping[str, Any], outcome: str) -> str:
 class Step:
     """A step that is under way. As a context manager it ends itself."""
 
-    def __init__(self, name: str, span: Span, seconds: Histogram) -> None:
-        self.name, self._span, self._seconds = name, span, seconds
+    def __init__(self, name: str, span: Span, seconds: Histogram, tell: Callable[..., None] | None = None) -> None:
+        self.name, self._span, self._seconds, self._tell = name, span, seconds, tell
         self._start = time.perf_counter()
+        if tell:
+            tell("begun")
 
     def end(self, error: BaseException | None = None) -> float:
         """It is over. Returns how many seconds it took. error: what ended it."""
@@ -208,6 +245,8 @@ class Step:
             self._span.set_status(StatusCode.ERROR)
         self._span.end()
         self._seconds.observe(took_s)
+        if self._tell:
+            self._tell("ended", round(1000 * took_s, 3))
         return took_s
 
     def __enter__(self) -> Self:

@@ -20,11 +20,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.api.headers import tag
+from service.api.streams import PING_EVERY_S, STREAM_HEADERS
 from service.confidential import note_texts
 from service.engine import Ended, Event, Listener, Published, Scored, Ticket
-
-PING_EVERY_S = 15.0
-"""Between two signs of life of a stream, so that nobody on the way takes it for dead."""
 
 Begin = Callable[[Listener], Ticket]
 """Has prompts continued. It may wait, and so runs in a thread."""
@@ -131,9 +129,7 @@ class _Stream(EventSourceResponse):
 
     def __init__(self, telling: _Telling, first: Event, frames: Frames) -> None:
         self._telling = telling
-        super().__init__(
-            _sent(telling, first, frames), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
+        super().__init__(_sent(telling, first, frames), headers=STREAM_HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -7,7 +7,7 @@ the gate finds the caller and lets him demand that scope -> the route finds him 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,7 +102,8 @@ class Caller:
     """Who asks. key, and its name: None where the service has no keys, and everybody may do everything.
 
     address: where he asks from. session: by which he shows his key, if he does not show the key itself.
-    demanded: the widest scope that the request has taken so far.
+    demanded: the widest scope that the request has taken so far. holds: whether what he shows is still good, for what
+    goes on for long.
     """
 
     key: Key | None
@@ -110,6 +111,7 @@ class Caller:
     rates: Rates
     session: Session | None = None
     demanded: Scope | None = None
+    holds: Callable[[], bool] = lambda: True
 
     @property
     def name(self) -> str | None:

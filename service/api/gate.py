@@ -7,6 +7,7 @@ Where there are no keys whoever reaches the service may do everything, so the pa
 from __future__ import annotations
 
 from collections.abc import Set
+from functools import partial
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -66,6 +67,7 @@ class GateMiddleware:
                 key, session = self._shown(headers, scope["method"])
                 state["principal"] = key and key.name
                 record.caller = state["caller"] = Caller(key, address, self._rates, session)
+                record.caller.holds = partial(self._holds, key, session)
                 if declared:
                     record.caller.demand(declared.scope)
             except AccessRefused as error:
@@ -118,6 +120,10 @@ class GateMiddleware:
         if key.expired:
             raise Unauthenticated(f"this key expired at {key.expires_at.isoformat()}", error="invalid_token")
         return key, session
+
+    def _holds(self, key: Key | None, session: Session | None) -> bool:
+        """Whether what was shown is still good."""
+        return key is None or (self._ring.holds(key) and (session is None or not session.over))
 
     def _key(self, given: list[str]) -> Key:
         scheme, _, token = given[0].strip().partition(" ") if len(given) == 1 else ("", "", "")

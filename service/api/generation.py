@@ -6,12 +6,10 @@ answer, or `error` with the problem. What is refused before the first piece is a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from service.api.answering import Answer, streamed, whole
@@ -28,12 +26,12 @@ from service.api.generation_views import (
 from service.api.headers import Loaded, tag
 from service.api.problems import described_error, responses
 from service.api.requests import NoQuery
+from service.api.streams import STREAM, frame
 from service.confidential import note_texts
 from service.engine import Ask, Ended, Engine, Event, Listener, Published, TextTooLong, Ticket
 
 router = APIRouter()
 ANSWERS: dict[str, Any] = {"response_model": GenerateView | GenerateBothView, "response_model_exclude_none": True}
-STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def in_url(query: Annotated[GenerateQuery, Query()]) -> GenerateBody:
@@ -112,13 +110,13 @@ class _Frames:
 
     def of(self, event: Event) -> Iterator[bytes]:
         if isinstance(event, Exception):
-            yield _frame("error", described_error(event))
+            yield frame("error", described_error(event))
         elif isinstance(event, Ended):
             self._ended[event.index] = event
             if len(self._ended) == len(self._views):
                 answers = [Answer(self._ended[index], text, []) for index, text in enumerate(self._texts)]
                 done = _answer(self._views, answers, self._published, scored=False)
-                yield _frame("done", done.model_dump(exclude_none=True))
+                yield frame("done", done.model_dump(exclude_none=True))
         else:
             self._texts[event.index] += event.piece.text
             piece = PieceView(
@@ -127,9 +125,4 @@ class _Frames:
                 revision=self._published.revision,
                 logprobs=token_views(event.piece.tokens) if self._scored else None,
             )
-            yield _frame("token", piece.model_dump(exclude_none=True))
-
-
-def _frame(event: str, data: dict[str, Any]) -> bytes:
-    # In ASCII: there are more line ends in Unicode than one, at which many a client would split.
-    return format_sse_event(data_str=json.dumps(data, separators=(",", ":")), event=event)
+            yield frame("token", piece.model_dump(exclude_none=True))

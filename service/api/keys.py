@@ -143,6 +143,11 @@ class Keyring:
         self.refresh()
         return next((key for key in self._keys if key.name == name), None)
 
+    def holds(self, key: Key) -> bool:
+        """Whether a key that was found is still good."""
+        self.refresh()
+        return key in self._keys and not key.expired
+
     def refresh(self) -> None:
         """Read the file again if it is not the one that was read last."""
         try:

@@ -208,8 +208,6 @@ async def get_livez() -> Health:
 @router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
 async def get_readyz(request: Request) -> JSONResponse:
     """The model is loaded, the ledger replayed and reachable, and durable as far as it has to be."""
-    checks = request.app.state.service.checks()
-    ready = all(state == "ok" for state in checks.values())
-    warnings = [*request.app.state.service.warnings(), *request.app.state.warnings()]
-    health = Health(status="ready" if ready else "not_ready", checks=checks, warnings=warnings)
-    return JSONResponse(health.model_dump(), 200 if ready else 503)
+    service, state = request.app.state.service, request.app.state
+    health = Health.of(service.checks(), [*service.warnings(), *state.warnings()])
+    return JSONResponse(health.model_dump(), 200 if health.status == "ready" else 503)

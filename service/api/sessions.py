@@ -42,6 +42,10 @@ class Session:
     token: str
     expires_at: datetime
 
+    @property
+    def over(self) -> bool:
+        return self.expires_at <= datetime.now(UTC)
+
 
 class Sessions:
     """Nothing is kept: a cookie is good while its signature is, its time lasts, and its key is one of the ring's."""

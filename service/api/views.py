@@ -335,6 +335,11 @@ class Health(BaseModel):
     checks: dict[str, str] = {}
     warnings: list[str] = []
 
+    @classmethod
+    def of(cls, checks: dict[str, str], warnings: Sequence[str] = ()) -> Self:
+        ready = all(state == "ok" for state in checks.values())
+        return cls(status="ready" if ready else "not_ready", checks=checks, warnings=list(warnings))
+
 
 class OpenAIError(BaseModel):
     """An error as OpenAI writes it. code: stable, and the same as of a problem. param: the field that is wrong."""

@@ -113,8 +113,9 @@ class Changes:
         with self._turns.at_once() as free:
             if free:
                 self.catch_up()
-            elif self._journal.sees_kill():
-                self._turns.interrupt()
+            elif kill := self._journal.sees_kill():
+                # It may be the kill of whoever has the turn, who is about to have reached it.
+                self._turns.interrupt(lambda: self._journal.reached < kill)
             return free
 
     def prove(self) -> Proof:

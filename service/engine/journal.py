@@ -12,6 +12,7 @@ from editors.factors import Factors
 from service.engine.clock import Clock
 from service.engine.errors import EngineError, LedgerDiverged
 from service.engine.history import Edit, History
+from service.engine.requests import Published
 from service.engine.weights import Weights
 from service.failpoints import reach
 from service.ledger import Entry, FactorsMissing, RedisLedger, Restored, decode
@@ -60,7 +61,7 @@ class Journal:
                 self._record(entry)
             self._weights.settle()
             reach("settle")
-            self._weights.publish(published)
+            self._publish(published)
         return clock.laps
 
     def catch_up(self) -> None:
@@ -100,15 +101,19 @@ class Journal:
             )
         reach("replay")
         self._weights.write_candidate()
-        self._weights.publish(self._weights.as_published(last.sequence, last.state_digest))
+        self._publish(self._weights.as_published(last.sequence, last.state_digest))
 
-    def sees_kill(self) -> bool:
-        """Whether the kill switch is engaged beyond what was reached. For any thread, while the writer is at work."""
+    def _publish(self, published: Published) -> None:
+        self._weights.publish(published)
+        self._telemetry.published()
+
+    def sees_kill(self) -> int | None:
+        """Where the kill switch is engaged beyond what was reached. For any thread, while the writer is at work."""
         for _, fields in self._ledger.page(self.reached, snapshot=False):
             entry = decode(fields[b"entry"])
             if isinstance(entry, Restored) and entry.kill_switch == "engaged":
-                return True
-        return False
+                return entry.sequence
+        return None
 
     def _read_on(self) -> list[Entry]:
         """What the ledger holds beyond what was reached.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from service.engine.errors import Busy, IdempotencyKeyReused, KillSwitchEngaged, RequestInFlight
@@ -33,12 +33,16 @@ class Places:
             self._free.release()
 
 
+def _never() -> bool:
+    return False
+
+
 class Turns:
     """A thread that has its turn may take another one inside."""
 
     def __init__(self) -> None:
         self._places, self._writing = Places("changes"), threading.RLock()
-        self._urgent, self._interrupted = 0, threading.Event()
+        self._urgent, self._interrupted = 0, _never  # the latter: whether another service has engaged the kill switch
         self._keys: dict[str, str | None] = {}
         self._mutex = threading.Lock()
 
@@ -70,13 +74,13 @@ class Turns:
             with self._mutex:
                 self._urgent -= 1
 
-    def interrupt(self) -> None:
-        """Have whoever has the turn give way, until somebody takes it `at_once`."""
-        self._interrupted.set()
+    def interrupt(self, still: Callable[[], bool]) -> None:
+        """Have whoever has the turn give way for as long as that is so, until somebody takes it `at_once`."""
+        self._interrupted = still
 
     def give_way(self) -> None:
         """Called between the steps of a change. Raises KillSwitchEngaged where the kill switch is being engaged."""
-        if self._urgent or self._interrupted.is_set():
+        if self._urgent or self._interrupted():
             raise KillSwitchEngaged("the kill switch was engaged meanwhile; nothing of this change was made")
 
     @contextmanager
@@ -85,7 +89,7 @@ class Turns:
         free = self._writing.acquire(blocking=False)
         try:
             if free:
-                self._interrupted.clear()
+                self._interrupted = _never
             yield free
         finally:
             if free:

@@ -19,6 +19,7 @@ from service.ledger.errors import (
 from service.ledger.file import LedgerFile, export_ledger, import_file
 from service.ledger.records import Applied, ChatMessage, Entry, InBatch, Restored, RolledBack, Tagged, decode, digest_of
 from service.ledger.redis_ledger import RedisLedger
+from service.ledger.replicas import Replica, Seen
 from service.ledger.snapshot import Compacted
 from service.ledger.verification import Verification, verify_ledger
 
@@ -41,8 +42,10 @@ __all__ = [
     "LedgerUnavailable",
     "OutcomeUnknown",
     "RedisLedger",
+    "Replica",
     "Restored",
     "RolledBack",
+    "Seen",
     "Tagged",
     "Verification",
     "decode",

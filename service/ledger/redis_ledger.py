@@ -32,6 +32,7 @@ from service.ledger.errors import (
 )
 from service.ledger.needed import Needed
 from service.ledger.records import Applied, Entry, encode
+from service.ledger.replicas import Replicas
 from service.ledger.scripts import APPEND, COMPACT, PUT_BACK, READ_LAST, TOUCH
 from service.ledger.snapshot import Compacted, Snapshot
 
@@ -53,6 +54,7 @@ class RedisLedger:
         self.namespace = namespace
         self._keys = [_key_of(namespace, part) for part in ("entries", "factors", "snapshot")]
         self._key = self._keys[0]
+        self.replicas = Replicas(connection, _key_of(namespace, "replicas"))
         self._durability: Durability | None = None
         self._known = self._read = (0, GENESIS)
         """Sequence and link of the last entry that is known to be durable, and of the one that was read last."""

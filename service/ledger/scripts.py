@@ -91,3 +91,13 @@ for i = 1, #info, 2 do
   if info[i] == 'last-generated-id' then return redis.call('XSETID', KEYS[1], info[i + 1]) end
 end
 """
+
+# KEYS: replicas. ARGV: id, what it says of itself, and the milliseconds after which it is forgotten. The ids are times.
+ANNOUNCE = """
+local now = redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'said', ARGV[2])
+local oldest = string.match(now, '^%d+') - ARGV[3]
+redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f', oldest))
+"""
+
+# The same, and answers what all have said since.
+LIST = ANNOUNCE + "return redis.call('XRANGE', KEYS[1], '-', '+')"

@@ -99,10 +99,10 @@ def listening(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @contextmanager
-def on_socket(app: FastAPI) -> Iterator[tuple[str, FastAPI, uvicorn.Server]]:
-    """Serve an application as `mend serve` does, in a thread of its own."""
+def on_socket(app: FastAPI, lifespan: str = "on") -> Iterator[tuple[str, FastAPI, uvicorn.Server]]:
+    """Serve an application as `mend serve` does, in a thread of its own. lifespan: `off` for nothing to be loaded."""
     socket = create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10, lifespan=lifespan))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
     try:

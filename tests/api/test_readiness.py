@@ -51,6 +51,7 @@ class TestNotReady:
             client.post("/generate", json=SAY),
             client.get("/model"),
             client.get("/revision"),
+            client.get("/replicas"),
             client.get("/export?format=merged"),
         ):
             assert_problem(answer, "not_ready")

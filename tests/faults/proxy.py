@@ -7,7 +7,7 @@ import socket
 import threading
 from contextlib import suppress
 
-APPENDS = b"XADD"
+APPENDS = b"HEXISTS"
 """Stands in the script that appends, and in no other command of the ledger."""
 
 
