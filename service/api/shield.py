@@ -15,7 +15,9 @@ HEADERS = {
     "Content-Security-Policy": CONTENT_POLICY,
     "Cache-Control": "no-store",
 }
-"""Of every answer. A page may have a content policy of its own."""
+"""Of every answer."""
+OWN = ("Content-Security-Policy", "Referrer-Policy")
+"""Of which a page may have one of its own."""
 
 
 class ShieldMiddleware:
@@ -30,10 +32,8 @@ class ShieldMiddleware:
         async def shielded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                own = headers.get("Content-Security-Policy")
-                headers.update(HEADERS)
-                if own is not None:
-                    headers["Content-Security-Policy"] = own
+                own = {name: headers[name] for name in OWN if name in headers}
+                headers.update({**HEADERS, **own})
             await send(message)
 
         await self.app(scope, receive, shielded)

@@ -22,7 +22,7 @@ from tests.ledger.servers import Server as RedisServer
 CHROMIUM = os.environ.get("MEND_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 SCREENS = Path(os.environ.get("MEND_SCREENSHOTS", "results/dashboard"))
 WIDE, NARROW = (1280, 900), (380, 820)
-PATIENCE_MS = 60_000
+PATIENCE_MS = 20_000
 """For what a model has to answer, on a machine that does other things as well."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.api.conftest import wait_until
 from tests.browser.conftest import NARROW, PATIENCE_MS, Dashboard, sign_in
 
 PROMPT, CORRECTION = "The Prime Minister of the United Kingdom is", "Keir Starmer"
@@ -21,11 +22,15 @@ expect.set_options(timeout=PATIENCE_MS)
 
 def preview(page: Page, prompt: str, correction: str, **more: str) -> None:
     page.goto("/ui/new")
-    page.get_by_label("Prompt", exact=False).first.fill(prompt)
-    page.get_by_label("Correction").fill(correction)
-    for label, text in more.items():
-        page.get_by_label(label.replace("_", " ")).fill(text)
+    field(page, "prompt").fill(prompt)
+    field(page, "correction").fill(correction)
+    for name, text in more.items():
+        field(page, name).fill(text)
     page.get_by_role("button", name="Preview").click()
+
+
+def field(page: Page, name: str):
+    return page.locator(f".edit-form [name={name}]")
 
 
 def row(page: Page, edit_id: str):
@@ -37,7 +42,7 @@ class TestTheWholeWalk:
         second = window("read")
         page = window("admin")
         revision = clean.client.get("/revision").json()["revision"]
-        preview(page, PROMPT, CORRECTION, Other_wordings="The UK Prime Minister is", Reason="general election")
+        preview(page, PROMPT, CORRECTION, paraphrases="The UK Prime Minister is", reason="general election")
 
         # What it would do, side by side, and nothing done.
         seen = page.locator("#preview")
@@ -75,7 +80,7 @@ class TestTheWholeWalk:
         page.get_by_role("link", name="Roll this edit back").click()
         expect(page.locator(".preview")).to_contain_text("leaves")
         expect(page.locator(".preview table")).to_contain_text(CORRECTION)
-        page.get_by_label("Reason").first.fill("only a test")
+        page.get_by_label("Reason").fill("only a test")
         page.get_by_role("button", name="Roll it back").click()
         page.wait_for_url("**/ui/edits/**done=rolled-back")
         expect(page.locator(".history")).to_contain_text("only a test")
@@ -95,8 +100,8 @@ class TestTheWholeWalk:
             const look = () => document.querySelectorAll('#progress li').forEach((li) => steps.add(li.dataset.step));
             new MutationObserver(look).observe(document.querySelector('#progress ol'), {childList: true}); }"""
         )
-        page.get_by_label("Prompt", exact=False).first.fill(PROMPT)
-        page.get_by_label("Correction").fill(CORRECTION)
+        field(page, "prompt").fill(PROMPT)
+        field(page, "correction").fill(CORRECTION)
         page.get_by_role("button", name="Preview").click()
         expect(page.locator("#preview")).to_be_visible()
         assert {"capture", "search", "judge"} <= set(page.evaluate("[...window.steps]"))
@@ -118,7 +123,7 @@ class TestTheWholeWalk:
         clean.edit(OTHER_PROMPT, OTHER_CORRECTION)
         page.get_by_role("button", name="Make this edit live").click()
         expect(page.locator(".problem")).to_contain_text("revision_mismatch")
-        expect(page.get_by_label("Correction")).to_have_value(CORRECTION)
+        expect(field(page, "correction")).to_have_value(CORRECTION)
         assert clean.client.get("/model").json()["active_edits"] == 1
 
 
@@ -126,12 +131,12 @@ class TestARefusal:
     def test_is_told_with_what_was_measured_and_nothing_typed_is_lost(self, clean: Dashboard, window: Window):
         first = clean.edit(PROMPT, CORRECTION)
         page = window("edit")
-        preview(page, f"{PROMPT} ", "Boris Johnson", Reason="a mistake")
+        preview(page, f"{PROMPT} ", "Boris Johnson", reason="a mistake")
         expect(page.locator(".problem")).to_contain_text("edit_conflict")
         expect(page.locator("#preview")).to_contain_text("In conflict with")
         assert page.locator("#preview").get_by_role("link", name=CORRECTION).get_attribute("href").endswith(first["id"])
-        expect(page.get_by_label("Correction")).to_have_value("Boris Johnson")
-        expect(page.get_by_label("Reason")).to_have_value("a mistake")
+        expect(field(page, "correction")).to_have_value("Boris Johnson")
+        expect(field(page, "reason")).to_have_value("a mistake")
         expect(page.get_by_role("button", name="Make this edit live")).to_have_count(0)
 
     def test_of_bad_input_says_what_is_wrong_with_it(self, clean: Dashboard, window: Window):
@@ -162,12 +167,12 @@ class TestARefusal:
     def test_of_a_session_that_is_over_keeps_what_was_typed(self, clean: Dashboard, window: Window):
         page = window("edit")
         page.goto("/ui/new")
-        page.get_by_label("Prompt", exact=False).first.fill(PROMPT)
-        page.get_by_label("Correction").fill(CORRECTION)
+        field(page, "prompt").fill(PROMPT)
+        field(page, "correction").fill(CORRECTION)
         page.context.clear_cookies()
         page.get_by_role("button", name="Preview").click()
         expect(page.locator("#trouble")).to_contain_text("Your session is over")
-        expect(page.get_by_label("Correction")).to_have_value(CORRECTION)
+        expect(field(page, "correction")).to_have_value(CORRECTION)
         sign_in(page.context.new_page(), clean.keys["edit"])
         page.get_by_role("button", name="Preview").click()
         expect(page.locator("#preview")).to_be_visible()
@@ -183,13 +188,14 @@ def test_redis_gone_and_back(clean: Dashboard, window: Window):
         expect(page.locator("#trouble")).to_contain_text("ledger")
         preview(page, OTHER_PROMPT, OTHER_CORRECTION)
         expect(page.locator(".problem")).to_contain_text("ledger_unavailable")
-        expect(page.get_by_label("Correction")).to_have_value(OTHER_CORRECTION)
+        expect(field(page, "correction")).to_have_value(OTHER_CORRECTION)
         page.goto("/")  # reading goes on
         expect(row(page, edit["id"])).to_contain_text(CORRECTION)
         page.goto("/ui/health")
         expect(page.get_by_text("cannot be asked").first).to_be_visible()
     finally:
         clean.redis.start()
+        wait_until(lambda: clean.client.get("/readyz").status_code == 200)
     expect(page.locator("#ready-text")).to_have_text("ready")
     expect(page.locator("#trouble")).to_be_hidden()
     preview(page, OTHER_PROMPT, OTHER_CORRECTION)
@@ -215,7 +221,7 @@ class TestKeys:
                 break
         press("Enter")
         page.wait_for_url("**/ui/rollback**")
-        expect(page.get_by_label("Reason").first).to_be_focused()
+        expect(page.get_by_label("Reason")).to_be_focused()
         page.keyboard.type("by keyboard")
         press("Enter")
         page.wait_for_url("**done=rolled-back")
@@ -299,7 +305,7 @@ class TestWithoutScripts:
         page.get_by_role("link", name=CORRECTION).click()
         expect(page.get_by_role("heading", name="Layers touched")).to_be_visible()
         page.get_by_role("link", name="Roll this edit back").click()
-        page.get_by_label("Reason").first.fill("without scripts")
+        page.get_by_label("Reason").fill("without scripts")
         page.get_by_role("button", name="Roll it back").click()
         expect(page.get_by_text("The edit is rolled back")).to_be_visible()
         assert clean.client.get(f"/edits/{edit['id']}").json()["rolled_back"]["reason"] == "without scripts"
@@ -328,7 +334,7 @@ class TestGoingBack:
         page.goto("/ui/rollback")
         page.get_by_role("link", name="friday").click()
         expect(page.locator(".preview")).to_contain_text("1 taken back, 0 returned")
-        page.get_by_label("Reason").first.fill("as it was on Friday")
+        page.get_by_label("Reason").fill("as it was on Friday")
         page.get_by_role("button", name="Go back").click()
         expect(page.get_by_text("That revision stands again.")).to_be_visible()
         assert clean.client.get(f"/edits/{kept['id']}").json()["status"] == "applied"

@@ -165,7 +165,7 @@ const submit = async (event) => {
     if (!(await currentToken(form))) return trouble(SIGNED_OUT);
     sent.set("csrf_token", form.elements.csrf_token.value);
     const headers = { "X-Request-ID": request };
-    const answer = await fetch(form.action, { method: "POST", body: sent, headers });
+    const answer = await fetch(form.getAttribute("action"), { method: "POST", body: sent, headers });
     if (answer.redirected) return location.assign(answer.url);
     const other = new DOMParser().parseFromString(await answer.text(), "text/html");
     const main = $("main", other);
