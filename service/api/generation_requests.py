@@ -19,7 +19,7 @@ def _listed(value: Any) -> Any:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
-Stops = Annotated[list[Stop], BeforeValidator(_listed), Field(max_length=MAX_STOPS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_listed)]
 
 
 class _Generate(StrictRequest):

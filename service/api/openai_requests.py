@@ -43,7 +43,7 @@ class StreamOptions(StrictRequest):
 
 
 class _Asked(StrictRequest):
-    model: str
+    model: str = Field(max_length=256)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -109,14 +109,16 @@ def _parts(value: Any) -> Any:
 
 
 PromptText = Annotated[str, Field(max_length=MAX_TEXT)]
-PromptTokens = Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT)]
+PromptTokens = Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
 
 
 class CompletionBody(_Asked):
     """A prompt to continue, or several."""
 
     prompt: Annotated[
-        list[PromptText | PromptTokens], BeforeValidator(_several), Field(min_length=1, max_length=MAX_PROMPTS)
+        list[PromptText | PromptTokens],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+        BeforeValidator(_several),
     ]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -147,7 +149,7 @@ class ChatMessage(StrictRequest):
     """One turn of a conversation. Tools are not served."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_parts)]
+    content: Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_parts)]
     name: Ignored = None
     refusal: Absent = None
     audio: Absent = None
@@ -162,7 +164,7 @@ class ChatMessage(StrictRequest):
 class ChatBody(_Asked):
     """A conversation to answer."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

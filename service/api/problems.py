@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from structlog.contextvars import get_contextvars
 
 from service.api.callers import AccessRefused
+from service.api.requests import clipped
 from service.api.templates import Templates
 from service.api.views import OpenAIError, OpenAIProblem, Problem
 
@@ -26,6 +27,8 @@ logger = logging.getLogger("mend.api")
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
+MAX_ERRORS, MAX_TOLD = 20, 5
+"""Mistakes of one request that are listed, and that its detail tells of."""
 
 STATUS_BY_CODE = {
     "malformed_body": 400,
@@ -218,15 +221,19 @@ async def _domain(request: Request, error: Any) -> JSONResponse:
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:
     # The input itself is left out: it may be large, and it may not even be encodable.
+    found = error.errors()
     errors = [
-        {"field": ".".join(str(part) for part in item["loc"]), "message": _readable(item)} for item in error.errors()
+        {"field": clipped(".".join(str(part) for part in item["loc"])), "message": _readable(item)}
+        for item in found[:MAX_ERRORS]
     ]
     errors = [{name: text.encode(errors="replace").decode() for name, text in item.items()} for item in errors]
-    if any(item["type"] == "json_invalid" for item in error.errors()):
+    if any(item["type"] == "json_invalid" for item in found):
         return problem(
             request.url.path, "malformed_body", f"the body is not JSON: {errors[0]['message']}", {"errors": errors}
         )
-    detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
+    detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:MAX_TOLD])
+    if len(found) > MAX_TOLD:
+        detail += f"; and {len(found) - MAX_TOLD} more"
     return problem(request.url.path, "invalid_request", detail, {"errors": errors})
 
 

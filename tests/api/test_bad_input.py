@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from service.api.limits import MAX_BODY_BYTES
+from service.api.requests import StrictRequest
 from tests.api.answers import assert_problem
 from tests.api.conftest import engine_of
 from tests.service_fixtures import Standing
@@ -73,6 +75,72 @@ def test_a_body_that_is_not_an_edit_is_invalid(client, body, dry_run):
     problem = assert_problem(answer, "invalid_request")
     assert all(set(error) == {"field", "message"} for error in problem["errors"])
     assert problem["errors"]
+
+
+class TestManyMistakes:
+    """A small body can hold half a million of them; nobody waits for that, and nobody is told of them all."""
+
+    FLOOD = 470_000
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/v1/completions", {"model": "m", "prompt": [0.5] * FLOOD}),
+            ("/v1/completions", {"model": "m", "prompt": [[0.5] * FLOOD]}),
+            ("/v1/completions", {"model": "m", "prompt": "x", "stop": [1] * FLOOD}),
+            ("/v1/completions", {"model": "m", "prompt": "x", **{str(n): 0 for n in range(150_000)}}),
+            ("/v1/chat/completions", {"model": "m", "messages": [0] * FLOOD}),
+            ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": [{}] * FLOOD}]}),
+            ("/generate", {"messages": [{}] * FLOOD}),
+            ("/generate", {"messages": [{str(n): 0 for n in range(20)}] * 512}),
+            ("/edits", {**GOOD, "keep": [""] * FLOOD}),
+            ("/edits", {**GOOD, "check_forms": [""] * FLOOD}),
+            ("/edits", {**GOOD, "metadata": {"x": [float("nan")] * FLOOD}}),
+            ("/edits/batch", {"edits": [0] * FLOOD}),
+            ("/edits/batch", {"edits": [{}] * FLOOD}),
+        ],
+    )
+    def test_are_told_in_short_and_at_once(self, client, path, body):
+        content = json.dumps(body, separators=(",", ":"))
+        assert len(content) < MAX_BODY_BYTES
+        began = time.process_time()
+        answer = client.post(path, content=content, headers=JSON)
+        assert time.process_time() - began < 1.5
+        assert answer.status_code in (400, 422)
+        assert len(answer.content) < 8_000
+
+    def test_are_counted(self, client):
+        problem = client.post("/edits", json={**GOOD, **{f"field {n}": 0 for n in range(15)}}).json()
+        assert len(problem["errors"]) == 15
+        assert problem["detail"].endswith("; and 10 more")
+        problem = client.post("/edits", json={**GOOD, **{f"field {n}": 0 for n in range(1000)}}).json()
+        assert "1000 fields that are not known, such as field 0" in problem["detail"]
+
+    def test_with_long_names_are_told_in_short_too(self, client):
+        answer = client.post("/edits", json={**GOOD, "x" * 1_000_000: 0})
+        assert_problem(answer, "invalid_request")
+        assert len(answer.content) < 2_000
+
+    def test_in_any_list_of_any_request_end_at_the_first(self):
+        lists = [kind for kind in every_list(subclasses(StrictRequest)) if not kind.get("fail_fast")]
+        assert not lists
+
+
+def subclasses(kind: type) -> list[type]:
+    return [kind, *(each for child in kind.__subclasses__() for each in subclasses(child))]
+
+
+def every_list(kinds: list[type]) -> Iterator[dict]:
+    """The lists of what pydantic checks, wherever they stand in it."""
+    left = [kind.__pydantic_core_schema__ for kind in kinds]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            if each.get("type") == "list" and each["items_schema"].get("type") != "definition-ref":  # of any JSON
+                yield each
+            left += each.values()
+        elif isinstance(each, list | tuple):
+            left += each
 
 
 @pytest.mark.parametrize("dry_run", ["true", "false"])

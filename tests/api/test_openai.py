@@ -246,6 +246,7 @@ class TestErrors:
         ("asked", "code"),
         [
             ({"suffix": "x"}, "invalid_request"),
+            ({"model": "m" * 257}, "invalid_request"),
             ({"best_of": 3}, "invalid_request"),
             ({"echo": True, "logprobs": 1}, "invalid_request"),
             ({"prompt": ""}, "empty_text"),
