@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from editors.chat import Message
 from service.api.generation_requests import MAX_LOGPROBS, Stops
-from service.api.requests import MAX_MESSAGES, MAX_TEXT, StrictRequest
+from service.api.requests import MAX_MESSAGES, MAX_TEXT, StrictRequest, short_together
 from service.engine import Sampling, Wish
 
 MAX_CHOICES, MAX_PROMPTS, DEFAULT_MAX_TOKENS = 16, 64, 16
@@ -164,7 +164,11 @@ class ChatMessage(StrictRequest):
 class ChatBody(_Asked):
     """A conversation to answer."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[
+        list[ChatMessage],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        AfterValidator(short_together),
+    ]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

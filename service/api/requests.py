@@ -111,7 +111,19 @@ class MessageBody(StrictRequest):
         return Message(self.role, self.content)
 
 
-Messages = Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+def short_together(messages: list[Any]) -> list[Any]:
+    """A conversation is one text to the model, and may be as long as any other."""
+    length = sum(len(message.as_message().content) for message in messages)
+    if length > MAX_TEXT:
+        raise ValueError(f"have {length} characters together, and may have {MAX_TEXT}; leave some out")
+    return messages
+
+
+Messages = Annotated[
+    list[MessageBody],
+    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+    AfterValidator(short_together),
+]
 Texts = Annotated[list[Text], Field(max_length=32, fail_fast=True)]
 
 

@@ -317,3 +317,28 @@ class TestARouteThatIsNot:
         answer = client.request(method, path)
         assert_problem(answer, "method_not_allowed")
         assert {name.strip() for name in answer.headers["allow"].split(",")} == allowed
+
+
+class TestALongConversation:
+    """To the model it is one text, and so it may be as long as one."""
+
+    def test_is_refused_by_its_length_together(self, client):
+        part = {"role": "user", "content": "a" * 50_000}
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        for path, body in (
+            ("/generate", {}),
+            ("/edits?dry_run=true", {"correction": "x"}),
+            ("/v1/chat/completions", {"model": model}),
+        ):
+            answer = client.post(path, json={**body, "messages": [part] * 3})
+            told = answer.json().get("detail") or answer.json()["error"]["message"]
+            assert "have 150000 characters together, and may have 100000" in told
+            code = answer.json().get("code") or answer.json()["error"]["code"]
+            assert code == "invalid_request"
+            assert client.post(path, json={**body, "messages": [part] * 2}).json() != answer.json()
+
+    def test_of_many_messages_costs_no_more_than_one(self, client):
+        body = {"messages": [{"role": "user", "content": "a <b> " * 32}] * 512}
+        began = time.process_time()
+        assert_problem(client.post("/generate", json=body), "text_too_long")
+        assert time.process_time() - began < 1.5
