@@ -353,6 +353,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # they would lead to whatever host the client named
         # FastAPI's own, where it has one, would tell query strings, and so prompts.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )

@@ -103,7 +103,7 @@ class GateMiddleware:
         if origin is None:
             foreign = site is not None and site not in OWN_SITE
         else:
-            foreign = origin not in self._origins and urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+            foreign = origin not in self._origins and not _is_of(origin, headers.get("host", ""))
         if foreign:
             raise CrossSite(
                 f"a page of {origin[:CLIP] if origin else 'another site'} may not ask; name its origin in "
@@ -134,6 +134,13 @@ class GateMiddleware:
         if key is None:
             raise Unauthenticated("this key is not one of this service's, or was revoked", error="invalid_token")
         return key
+
+
+def _is_of(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:  # it is no URL at all
+        return False
 
 
 def _edit(scope: Scope, answered: Headers) -> str | None:
