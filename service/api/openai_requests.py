@@ -48,7 +48,7 @@ class _Asked(StrictRequest):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31, description="Not of OpenAI; as in `/generate`.")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Not of OpenAI; as in `/generate`.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Not of OpenAI; as in `/generate`.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stops | None = None
     stream: bool | None = None

@@ -224,6 +224,8 @@ class TestALargeBody:
         ("/generate", "prompt=a&temperature=1e999"),
         ("/generate", "prompt=a&top_p=0"),
         ("/generate", "prompt=a&top_p=1.01"),
+        ("/generate", "prompt=a&repetition_penalty=0.009"),
+        ("/generate", "prompt=a&repetition_penalty=1e-300"),
         ("/generate", "prompt=a&seed=-1"),
         ("/generate", "prompt=a&seed=9223372036854775808"),
         ("/generate", "prompt=a&view=candidate"),

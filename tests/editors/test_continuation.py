@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from editors.continuation import Continuation, Wish
-from editors.sampling import Sampling
+from editors.sampling import Choice, Sampling
 from editors.text import encode
 from editors.wording import Wording, Words
 from tests.editors.dense import logits
@@ -207,6 +207,14 @@ class TestSampling:
         for seed in range(5):
             _, pieces = continued(*parts(linear), ids, Wish(6, Sampling(5.0, top_k=3, seed=seed), logprobs=3))
             assert all(token.id in {each.id for each in token.top} for piece in pieces for token in piece.tokens)
+
+    @pytest.mark.parametrize("penalty", [0.01, 10.0])
+    @pytest.mark.parametrize("temperature", [1e-6, 1.0, 10.0])
+    def test_at_the_ends_of_what_may_be_asked_draws_from_finite_scores(self, penalty, temperature):
+        scores = torch.linspace(-80.0, 80.0, 50)
+        choice = Choice(Sampling(temperature, 1.0, 0, penalty, seed=3))
+        assert choice._processors(torch.arange(50)[None], scores[None].clone()).isfinite().all()
+        assert 0 <= choice.of(scores, 49, range(50)) < 50
 
     def test_with_a_penalty_repeats_less(self, linear):
         ids = encode(linear.tokenizer, PROMPT).prompt
