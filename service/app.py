@@ -114,6 +114,11 @@ def opened(settings: Settings, telemetry: Telemetry | None = None) -> Iterator[t
         yield engine, embedded
 
 
+def _of_ours(error: Exception) -> str:
+    """What is told of an unexpected error: its message may quote what somebody wrote."""
+    return f"an error on our side ({type(error).__name__}), which the log tells of"
+
+
 def _short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
 
@@ -249,7 +254,7 @@ class Service:
             except Exception as error:  # whatever it was: a service that can never be ready has to end
                 if not isinstance(error, EXPECTED):
                     logger.exception("an error on our side")
-                said = (str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}").splitlines()
+                said = (str(error) if isinstance(error, EXPECTED) else _of_ours(error)).splitlines()
                 self.failure, *more = said or [type(error).__name__]
                 for line in more:
                     logger.error("%s", line)
@@ -309,8 +314,10 @@ class Service:
             done = engine.compact(self._settings.compact_every)
         except OutcomeUnknown:
             logger.warning("whether the ledger was compacted is not known; it is as good as before")
-        except Exception as error:  # nothing depends on it; the next time may go well
+        except (EngineError, LedgerError) as error:  # nothing depends on it; the next time may go well
             logger.warning("the ledger was not compacted: %s", error)
+        except Exception:
+            logger.exception("the ledger was not compacted")
         else:
             if done is None:
                 return
