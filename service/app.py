@@ -56,7 +56,7 @@ from service.ledger import (
 from service.settings import DEFAULT_EDITOR, Settings
 from service.telemetry import Telemetry
 from service.tracing import close, open_tracer_provider
-from service.watch import EXPECTED, WATCH_EVERY_S, Watch
+from service.watch import EXPECTED, WATCH_EVERY_S, Watch, of_ours
 
 logger = logging.getLogger("mend")
 
@@ -112,11 +112,6 @@ def opened(settings: Settings, telemetry: Telemetry | None = None) -> Iterator[t
         unasked = settings.editor is None and engine.published.revision == 0
         _look_for_others(ledger, model, checkpoint, own, required=unasked)
         yield engine, embedded
-
-
-def _of_ours(error: Exception) -> str:
-    """What is told of an unexpected error: its message may quote what somebody wrote."""
-    return f"an error on our side ({type(error).__name__}), which the log tells of"
 
 
 def _short(digest: str) -> str:
@@ -254,7 +249,7 @@ class Service:
             except Exception as error:  # whatever it was: a service that can never be ready has to end
                 if not isinstance(error, EXPECTED):
                     logger.exception("an error on our side")
-                said = (str(error) if isinstance(error, EXPECTED) else _of_ours(error)).splitlines()
+                said = (str(error) if isinstance(error, EXPECTED) else of_ours(error)).splitlines()
                 self.failure, *more = said or [type(error).__name__]
                 for line in more:
                     logger.error("%s", line)

@@ -15,12 +15,21 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.audit import CLIP, Record
-from service.api.callers import OPEN, AccessRefused, Caller, CrossSite, HostNotAllowed, Routes, Unauthenticated
+from service.api.callers import (
+    OPEN,
+    AccessRefused,
+    Caller,
+    CrossSite,
+    HostNotAllowed,
+    RateLimited,
+    Routes,
+    Unauthenticated,
+)
 from service.api.headers import as_sent
 from service.api.hosts import host_name, is_address
 from service.api.keys import Key, Keyring
 from service.api.problems import refused
-from service.api.rates import Rates
+from service.api.rates import FAILED, Rates
 from service.api.sessions import Session, Sessions
 
 EDIT_PATH = "/edits/"
@@ -64,7 +73,7 @@ class GateMiddleware:
             try:
                 self._check_host(headers)
                 self._check_site(headers)
-                key, session = self._shown(headers, scope["method"])
+                key, session = self._known(headers, scope["method"], address)
                 state["principal"] = key and key.name
                 record.caller = state["caller"] = Caller(key, address, self._rates, session)
                 record.caller.holds = partial(self._holds, key, session)
@@ -109,6 +118,15 @@ class GateMiddleware:
                 f"a page of {origin[:CLIP] if origin else 'another site'} may not ask; name its origin in "
                 "MEND_CORS_ORIGINS if it is meant, or give the service keys with MEND_API_KEYS"
             )
+
+    def _known(self, headers: Headers, method: str, address: str) -> tuple[Key | None, Session | None]:
+        """A good key is let in however many bad ones came from its address, which may be that of a proxy."""
+        try:
+            return self._shown(headers, method)
+        except Unauthenticated:
+            if wait_s := self._rates.wait_s(FAILED, address):
+                raise RateLimited(self._rates.of(FAILED), wait_s) from None
+            raise
 
     def _shown(self, headers: Headers, method: str) -> tuple[Key | None, Session | None]:
         """The key of a request, and the session that stands for it where it is not shown itself."""

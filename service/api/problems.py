@@ -107,6 +107,12 @@ _BY_STATUS = {
 }  # fmt: skip
 
 
+OF_THE_FRAMEWORK = {
+    "Not Found": "there is nothing at this path; /openapi.json lists what there is, and an id may hold no slash",
+    "There was an error parsing the body": "the body cannot be read; send JSON in UTF-8",
+}
+"""What it says of a request without saying what to do."""
+
 OPENAI = "/v1/"
 """Below it errors have OpenAI's shape."""
 OPENAI_STATUS = {422: 400, "busy": 429}
@@ -246,11 +252,13 @@ def _readable(item: dict[str, Any]) -> str:
 
 
 async def _http(request: Request, error: Any) -> JSONResponse:
-    answer = problem(request.url.path, _BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
-    answer.headers.update(error.headers or {})
+    headers, detail = dict(error.headers or {}), str(error.detail)
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # starlette names the methods of the first route alone
-        answer.headers["Allow"] = ", ".join(Templates(request.app.routes).methods(request.url.path))
-    return answer
+        headers["Allow"] = ", ".join(Templates(request.app.routes).methods(request.url.path))
+        detail = f"{request.method} is not served at this path; send one of {headers['Allow']}"
+    elif detail in OF_THE_FRAMEWORK:
+        detail = OF_THE_FRAMEWORK[detail]
+    return problem(request.url.path, _BY_STATUS.get(error.status_code, "internal_error"), detail, headers=headers)
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:

@@ -249,6 +249,17 @@ class TestRates:
             assert client.get("/livez").status_code == 200
         assert all(let_in(client.get("/model", headers=headers)) for _ in range(2))
 
+    def test_of_attempts_without_a_good_key_are_of_each_address(self, door, key, caplog):
+        client = door(api_keys=key[0])
+        bad = [{}, {"Authorization": "Bearer mend_guessed"}]
+        for attempt in range(60):
+            assert_problem(client.get("/model", headers=bad[attempt % 2]), "unauthenticated")
+        for headers in bad:
+            answer = client.get("/model", headers=headers)
+            assert "60 attempts without a good key per minute" in assert_problem(answer, "rate_limited")["detail"]
+            assert 0 < int(answer.headers["retry-after"]) <= 60
+        assert let_in(client.get("/model", headers={"Authorization": f"Bearer {key[1]}"}))
+
     def test_let_in_again_when_the_time_is_over(self, door):
         client = door(rate_reads="2/second")
         assert all(let_in(client.get("/model")) for _ in range(2))

@@ -212,7 +212,7 @@ class TestModel:
         assert_fields(model["editor"], "name", "digest", "aggregate")
         engine = engine_of(client)
         assert model["base_model"] == {
-            "ref": str(folders.base_model), "kind": "decoder", "digest": engine.base.digest,
+            "ref": folders.base_model.name, "kind": "decoder", "digest": engine.base.digest,
             "parameters": engine.base.parameters,
         }  # fmt: skip
         assert model["editor"] == {
