@@ -240,9 +240,3 @@ class TestProbes:
             "checks": {"model": "ok", "ledger": "ok", "durability": "ok"},
             "warnings": [],
         }
-
-    def test_the_root_leads_to_the_documentation(self, client):
-        answer = client.get("/", follow_redirects=False)
-        assert answer.is_redirect
-        assert answer.headers["location"] == "/docs"
-        assert client.get("/docs").status_code == 200
