@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 import transformers
@@ -45,6 +45,12 @@ class BaseModel:
     digest: str
     parameters: int
     generation: GenerationConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """What others call it: of a folder the last part, since where it lies is nobody else's business."""
+        path = PurePath(self.ref)
+        return path.name if path.is_absolute() or self.ref.startswith((".", "~")) else self.ref
 
     @property
     def device(self) -> torch.device:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 from torch import Tensor
 
 from editors.sampling import Choice, Sampling
-from editors.wording import Wording, Words
+from editors.wording import UNSURE, Wording, Words
 
 FinishReason = Literal["stop", "length", "timeout"]
 """stop: at a stop string or at a token that ends texts; timeout: it took too long."""
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity."""
+LATER_BYTES = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))
+"""Of a character in UTF-8, behind its first."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Wish:
 class Scored:
     """A token that was or could have been said. spelt: its bytes, perhaps of a part of a character.
 
-    logprob: of the model itself, before temperature and the like, in nats. offset: where in the text it begins.
+    logprob: of the model itself, before temperature and the like, in nats. offset: where in the text it begins, or the
+    character does that it goes on with.
     """
 
     id: int
@@ -67,7 +71,9 @@ class Continuation:
         self._choice = Choice(Sampling() if wording.one_word else wish.sampling)
         self._words = Words(wish.stop)
         self._scored: list[Scored] = []
-        self._told = self._length = 0
+        self._ends: list[int] = []
+        """Where in the text the first of these end, as far as their last character is complete."""
+        self._text, self._whole, self._told = "", 0, 0
 
     def take(self, scores: Tensor, best: int) -> Piece | None:
         """Say one token more. scores (tokens,), float32; best: their arg max. Returns what that makes sure, if any."""
@@ -89,8 +95,11 @@ class Continuation:
         return self._read(last=True)
 
     def _read(self, *, last: bool = False) -> Piece | None:
-        text = self._wording.text(self.said)
-        self._length, new = len(text), self._words.read(text, last=last)
+        text = self._text = self._wording.text(self.said)
+        new = self._words.read(text, last=last)
+        if not text.endswith(UNSURE):
+            self._whole = len(text)
+            self._ends += [self._whole] * (len(self._scored) - len(self._ends))
         if self._words.stopped:
             self.finish_reason = "stop"
         settled = self._settled()
@@ -101,18 +110,21 @@ class Continuation:
         """Tokens that are newly a part of what is sure."""
         untold, sure = self._scored[self._told :], len(self._words.sure)
         if self._words.stopped:
-            return tuple(token for token in untold if token.offset < sure)
+            return tuple(takewhile(lambda token: token.offset < sure, untold))
         if self.finish_reason:
             return tuple(untold)
-        ends = [*(token.offset for token in untold[1:]), self._length]
-        return tuple(token for token, end in zip(untold, ends, strict=False) if end <= sure)
+        known = sum(1 for _ in takewhile(lambda end: end <= sure, self._ends[self._told :]))
+        return tuple(untold[:known])
 
     def _score(self, scores: Tensor, token: int) -> Scored:
         logprobs = scores.log_softmax(-1)
         values, ids = logprobs.topk(min(self._wish.logprobs, len(logprobs)))
         top = tuple(self._named(*each) for each in zip(ids.tolist(), values.tolist(), strict=True))
         said = self._named(token, float(logprobs[token]))
-        return Scored(token, said.spelt, said.logprob, self._length, top)
+        # Some tokenizers cannot read the characters before those bytes either, as long as one of theirs is missing.
+        goes_on = said.spelt[:1] in LATER_BYTES
+        offset = max(self._whole, len(self._text.rstrip(UNSURE))) if goes_on else len(self._text)
+        return Scored(token, said.spelt, said.logprob, offset, top)
 
     def _named(self, token: int, logprob: float) -> Scored:
         return Scored(token, self._wording.spell(token), logprob if math.isfinite(logprob) else LEAST_LOGPROB)

@@ -28,7 +28,8 @@ MIN_TEMPERATURE = 1e-6
 class Sampling:
     """temperature >= 0, and greedy at 0; 0 < top_p <= 1; top_k: of so many tokens, all of them at 0.
 
-    repetition_penalty > 0: divides the scores of what was said or asked already. Equal seeds give equal texts.
+    repetition_penalty >= 0.01, so that no score becomes infinite: divides the scores of what was said or asked already.
+    Equal seeds give equal texts.
     """
 
     temperature: float = 0.0

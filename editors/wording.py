@@ -72,7 +72,7 @@ class Words:
             text, self.stopped = text[: min(found)[1]], True
         elif not last:
             text = text[: len(text) - self._held(text)]
-        new = text[len(self.sure) :] if text.startswith(self.sure) else ""
+        new = text[len(self.sure) :]
         self.sure += new
         return new
 

@@ -56,7 +56,7 @@ from service.ledger import (
 from service.settings import DEFAULT_EDITOR, Settings
 from service.telemetry import Telemetry
 from service.tracing import close, open_tracer_provider
-from service.watch import EXPECTED, WATCH_EVERY_S, Watch
+from service.watch import EXPECTED, WATCH_EVERY_S, Watch, of_ours
 
 logger = logging.getLogger("mend")
 
@@ -249,7 +249,7 @@ class Service:
             except Exception as error:  # whatever it was: a service that can never be ready has to end
                 if not isinstance(error, EXPECTED):
                     logger.exception("an error on our side")
-                said = (str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}").splitlines()
+                said = (str(error) if isinstance(error, EXPECTED) else of_ours(error)).splitlines()
                 self.failure, *more = said or [type(error).__name__]
                 for line in more:
                     logger.error("%s", line)
@@ -309,8 +309,10 @@ class Service:
             done = engine.compact(self._settings.compact_every)
         except OutcomeUnknown:
             logger.warning("whether the ledger was compacted is not known; it is as good as before")
-        except Exception as error:  # nothing depends on it; the next time may go well
+        except (EngineError, LedgerError) as error:  # nothing depends on it; the next time may go well
             logger.warning("the ledger was not compacted: %s", error)
+        except Exception:
+            logger.exception("the ledger was not compacted")
         else:
             if done is None:
                 return
@@ -353,6 +355,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # they would lead to whatever host the client named
         # FastAPI's own, where it has one, would tell query strings, and so prompts.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )

@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     )
     allowed_hosts: Hosts = Field(
         (), description="Names by which the service may be addressed, beside IP addresses, with commas between; * for "
-        "any. If not given: localhost where there are no keys and it listens on loopback, else any.",
+        "any. If not given: localhost where there are no keys, else any.",
     )  # fmt: skip
     cors_origins: Origins = Field(
         (), description="Origins whose pages may ask, such as https://dashboard.example, with commas between."

@@ -19,6 +19,7 @@ from editors.errors import EditorsError
 from service.engine import Engine, EngineError
 from service.ledger import (
     EmbeddedRedis,
+    EmbeddedRedisError,
     LedgerError,
     LedgerNotDurable,
     LedgerUnavailable,
@@ -34,11 +35,17 @@ BUSY_WAIT_S = 0.1
 LOOK_HOLDS_S = 10.0
 """How long one is worth anything. One that fails takes less, unless it hangs where there is no timeout."""
 LAST_LOOK_ENDS_WITHIN_S = 5.0
-EXPECTED = (EditorsError, EngineError, LedgerError, OSError, ValueError)
-"""What may go wrong and says why in one line; anything else is a mistake of ours."""
+OWN = (EditorsError, EngineError, LedgerError)
+EXPECTED = (*OWN, OSError, ValueError)
+"""What may go wrong at a start and says why in one line; anything else is a mistake of ours."""
 
 Trouble = dict[str, str]
 """What is wrong, by the part that it is wrong with: `ledger`, `durability`, `state`."""
+
+
+def of_ours(error: Exception) -> str:
+    """What is told of an unexpected error: its message may quote what somebody wrote."""
+    return f"an error on our side ({type(error).__name__}), which the log tells of"
 
 
 class Watch:
@@ -68,7 +75,7 @@ class Watch:
 
     @property
     def trouble(self) -> Trouble:
-        """What is wrong now; nothing where all is well."""
+        """What is wrong now, as everybody may be told; nothing where all is well."""
         overdue = (time.monotonic() - self._looked_at) // LOOK_HOLDS_S
         # In steps, so that who is told of every change is not told each second.
         late = {"ledger": f"not looked at for {overdue * LOOK_HOLDS_S:g} s"} if overdue else {}
@@ -111,7 +118,9 @@ class Watch:
         except LedgerNotDurable as error:
             self._warn(error.facts["weaknesses"])
             trouble["durability"] = str(error)
-        except EXPECTED as error:
+        except (LedgerUnavailable, EmbeddedRedisError) as error:
+            trouble["ledger"] = self._gone(error, self._looking)
+        except OWN as error:
             trouble["ledger"] = str(error)
         except Exception as error:  # the watch goes on, whatever it was
             trouble["ledger"] = self._unexpected(error, self._looking)
@@ -135,7 +144,8 @@ class Watch:
             self._engine.ledger.replicas.announce(itself)
         except Exception as error:
             if self._announced:
-                logger.warning("this service is missing in GET /replicas: %s", error)
+                said = str(error) if isinstance(error, OWN) else of_ours(error)
+                logger.warning("this service is missing in GET /replicas: %s", said)
             self._announced = False
         else:
             self._announced = True
@@ -147,7 +157,7 @@ class Watch:
         try:
             self._engine.ledger.replicas.leave(self._itself)
         except Exception as error:  # the others will see that it is gone
-            logger.debug("this service did not take leave: %s", error)
+            logger.debug("this service did not take leave: %s", type(error).__name__)
 
     def _as_it_is(self) -> Replica:
         now = {"revision": self._engine.published.revision, "ready": not self.trouble}
@@ -165,8 +175,8 @@ class Watch:
         except LedgerNotDurable as error:
             trouble["durability"] = str(error)
         except LedgerUnavailable as error:
-            trouble["ledger"] = str(error)
-        except EXPECTED as error:
+            trouble["ledger"] = self._gone(error, self._following)
+        except OWN as error:
             trouble["state"] = str(error)
         except Exception as error:  # the watch goes on, whatever it was
             trouble["state"] = self._unexpected(error, self._following)
@@ -189,9 +199,16 @@ class Watch:
     # Both
 
     def _unexpected(self, error: Exception, before: Trouble) -> str:
-        said = str(error) or type(error).__name__
+        said = of_ours(error)
         if said not in before.values():
             logger.exception("an error on our side")
+        return said
+
+    def _gone(self, error: LedgerUnavailable | EmbeddedRedisError, before: Trouble) -> str:
+        """Where Redis is, and its own words, are for the log."""
+        said = f"{error.brief}; the log says where, and more"
+        if said not in before.values():
+            logger.error("%s", error)
         return said
 
     def _say(self, before: Trouble) -> None:

@@ -140,7 +140,7 @@ class _Stream(EventSourceResponse):
 
 async def _sent(telling: _Telling, event: Event, frames: Frames) -> AsyncIterator[bytes]:
     left = telling.ticket.asks
-    while True:
+    while not isinstance(event, ClientDisconnect):  # which is nobody's mistake, and told to nobody
         for frame in frames.of(event):
             yield frame
         left -= isinstance(event, Ended)

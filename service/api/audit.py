@@ -32,6 +32,8 @@ class Record:
 
     def wanted(self, status: int | None) -> bool:
         """Whether the audit is to know of it."""
+        if self.caller is None and status == 429:  # of so many attempts without a good key one more says nothing new
+            return False
         return status in REFUSALS or (self.caller is not None and self.caller.demanded in ("edit", "admin"))
 
     def tell(self, status: int | None, **outcome: object) -> None:

@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
+from io import BytesIO
 from queue import SimpleQueue
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ def batch_edits(raw: Annotated[bytes, Depends(raw_body)], lines: Lines) -> list[
         return validated(BatchBody, _parsed(raw, "the body"), "body").edits
     edits = [
         validated(EditBody, _parsed(line, f"line {number}"), "line", number)
-        for number, line in enumerate(raw.split(b"\n"), 1)
+        for number, line in enumerate(BytesIO(raw), 1)
         if line.strip()
     ]
     return validated(BatchBody, {"edits": edits}, "body").edits

@@ -89,11 +89,11 @@ def _without_a_key(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[
 
 
 def _hosts(settings: Settings) -> frozenset[str] | None:
-    """By which names the service may be addressed; None for any. Pages of a name that somebody had point at this
-    machine ask as if they were its own, which only matters where no key is asked for."""
+    """By which names the service may be addressed; None for any. Pages of a name that somebody had point at where it
+    listens ask as if they were its own, which only matters where no key is asked for."""
     if settings.allowed_hosts:
         return None if ANY_HOST in settings.allowed_hosts else frozenset(settings.allowed_hosts)
-    return frozenset({LOCALHOST}) if settings.api_keys is None and is_loopback(settings.host) else None
+    return frozenset({LOCALHOST}) if settings.api_keys is None else None
 
 
 def _warnings(settings: Settings) -> list[str]:

@@ -15,12 +15,21 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.audit import CLIP, Record
-from service.api.callers import OPEN, AccessRefused, Caller, CrossSite, HostNotAllowed, Routes, Unauthenticated
+from service.api.callers import (
+    OPEN,
+    AccessRefused,
+    Caller,
+    CrossSite,
+    HostNotAllowed,
+    RateLimited,
+    Routes,
+    Unauthenticated,
+)
 from service.api.headers import as_sent
 from service.api.hosts import host_name, is_address
 from service.api.keys import Key, Keyring
 from service.api.problems import refused
-from service.api.rates import Rates
+from service.api.rates import FAILED, Rates
 from service.api.sessions import Session, Sessions
 
 EDIT_PATH = "/edits/"
@@ -64,7 +73,7 @@ class GateMiddleware:
             try:
                 self._check_host(headers)
                 self._check_site(headers)
-                key, session = self._shown(headers, scope["method"])
+                key, session = self._known(headers, scope["method"], address)
                 state["principal"] = key and key.name
                 record.caller = state["caller"] = Caller(key, address, self._rates, session)
                 record.caller.holds = partial(self._holds, key, session)
@@ -103,12 +112,21 @@ class GateMiddleware:
         if origin is None:
             foreign = site is not None and site not in OWN_SITE
         else:
-            foreign = origin not in self._origins and urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+            foreign = origin not in self._origins and not _is_of(origin, headers.get("host", ""))
         if foreign:
             raise CrossSite(
                 f"a page of {origin[:CLIP] if origin else 'another site'} may not ask; name its origin in "
                 "MEND_CORS_ORIGINS if it is meant, or give the service keys with MEND_API_KEYS"
             )
+
+    def _known(self, headers: Headers, method: str, address: str) -> tuple[Key | None, Session | None]:
+        """A good key is let in however many bad ones came from its address, which may be that of a proxy."""
+        try:
+            return self._shown(headers, method)
+        except Unauthenticated:
+            if wait_s := self._rates.wait_s(FAILED, address):
+                raise RateLimited(self._rates.of(FAILED), wait_s) from None
+            raise
 
     def _shown(self, headers: Headers, method: str) -> tuple[Key | None, Session | None]:
         """The key of a request, and the session that stands for it where it is not shown itself."""
@@ -134,6 +152,13 @@ class GateMiddleware:
         if key is None:
             raise Unauthenticated("this key is not one of this service's, or was revoked", error="invalid_token")
         return key
+
+
+def _is_of(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:  # it is no URL at all
+        return False
 
 
 def _edit(scope: Scope, answered: Headers) -> str | None:

@@ -19,7 +19,7 @@ def _listed(value: Any) -> Any:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
-Stops = Annotated[list[Stop], BeforeValidator(_listed), Field(max_length=MAX_STOPS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_listed)]
 
 
 class _Generate(StrictRequest):
@@ -30,7 +30,7 @@ class _Generate(StrictRequest):
     temperature: float = Field(0.0, ge=0, le=10)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31, description="Of so many tokens is sampled; 0: of all.")
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="Over 1: what was said is less likely again.")
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="Over 1: what was said is less likely again.")
     seed: int = Field(0, ge=0, lt=2**63)
     stop: Stops = Field([], description="The text ends before the first of these.")
     logprobs: int | None = Field(

@@ -65,7 +65,7 @@ class StateCollector:
         base, checkpoint, published, head = engine.base, engine.checkpoint, engine.published, self._service.head()
         yield InfoMetricFamily(
             "mend_model", "What is loaded.",
-            {"base_model": base.ref, "base_digest": base.digest, "editor": checkpoint.name,
+            {"base_model": base.name, "base_digest": base.digest, "editor": checkpoint.name,
              "editor_digest": checkpoint.digest, "device": str(base.device),
              "dtype": str(base.dtype).removeprefix("torch.")},
         )  # fmt: skip

@@ -6,7 +6,6 @@ Two models are listed: the live one by its name, and with `@base` behind it the 
 from __future__ import annotations
 
 import time
-from pathlib import PurePath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -106,10 +105,7 @@ def _limited(engine: Engine, most: int | None) -> int | None:
 
 
 def _names(engine: Engine) -> tuple[str, str]:
-    """A folder is called by its last name: where it lies is nobody else's business."""
-    ref = engine.base.ref
-    name = PurePath(ref).name if PurePath(ref).is_absolute() or ref.startswith((".", "~")) else ref
-    return name, name + BASE
+    return engine.base.name, engine.base.name + BASE
 
 
 def _which(model: str, engine: Engine) -> Which:

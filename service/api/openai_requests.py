@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from editors.chat import Message
 from service.api.generation_requests import MAX_LOGPROBS, Stops
-from service.api.requests import MAX_MESSAGES, MAX_TEXT, StrictRequest
+from service.api.requests import MAX_MESSAGES, MAX_TEXT, StrictRequest, short_together
 from service.engine import Sampling, Wish
 
 MAX_CHOICES, MAX_PROMPTS, DEFAULT_MAX_TOKENS = 16, 64, 16
@@ -43,12 +43,12 @@ class StreamOptions(StrictRequest):
 
 
 class _Asked(StrictRequest):
-    model: str
+    model: str = Field(max_length=256)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31, description="Not of OpenAI; as in `/generate`.")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Not of OpenAI; as in `/generate`.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Not of OpenAI; as in `/generate`.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stops | None = None
     stream: bool | None = None
@@ -109,14 +109,16 @@ def _parts(value: Any) -> Any:
 
 
 PromptText = Annotated[str, Field(max_length=MAX_TEXT)]
-PromptTokens = Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT)]
+PromptTokens = Annotated[list[int], Field(min_length=1, max_length=MAX_TEXT, fail_fast=True)]
 
 
 class CompletionBody(_Asked):
     """A prompt to continue, or several."""
 
     prompt: Annotated[
-        list[PromptText | PromptTokens], BeforeValidator(_several), Field(min_length=1, max_length=MAX_PROMPTS)
+        list[PromptText | PromptTokens],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+        BeforeValidator(_several),
     ]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -147,7 +149,7 @@ class ChatMessage(StrictRequest):
     """One turn of a conversation. Tools are not served."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_parts)]
+    content: Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_parts)]
     name: Ignored = None
     refusal: Absent = None
     audio: Absent = None
@@ -162,7 +164,11 @@ class ChatMessage(StrictRequest):
 class ChatBody(_Asked):
     """A conversation to answer."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        AfterValidator(short_together),
+    ]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

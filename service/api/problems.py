@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from structlog.contextvars import get_contextvars
 
 from service.api.callers import AccessRefused
+from service.api.requests import clipped
 from service.api.templates import Templates
 from service.api.views import OpenAIError, OpenAIProblem, Problem
 
@@ -26,6 +27,8 @@ logger = logging.getLogger("mend.api")
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
+MAX_ERRORS, MAX_TOLD = 20, 5
+"""Mistakes of one request that are listed, and that its detail tells of."""
 
 STATUS_BY_CODE = {
     "malformed_body": 400,
@@ -103,6 +106,12 @@ _BY_STATUS = {
     400: "malformed_body", 404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "body_too_large",
 }  # fmt: skip
 
+
+OF_THE_FRAMEWORK = {
+    "Not Found": "there is nothing at this path; /openapi.json lists what there is, and an id may hold no slash",
+    "There was an error parsing the body": "the body cannot be read; send JSON in UTF-8",
+}
+"""What it says of a request without saying what to do."""
 
 OPENAI = "/v1/"
 """Below it errors have OpenAI's shape."""
@@ -218,15 +227,19 @@ async def _domain(request: Request, error: Any) -> JSONResponse:
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:
     # The input itself is left out: it may be large, and it may not even be encodable.
+    found = error.errors()
     errors = [
-        {"field": ".".join(str(part) for part in item["loc"]), "message": _readable(item)} for item in error.errors()
+        {"field": clipped(".".join(str(part) for part in item["loc"])), "message": _readable(item)}
+        for item in found[:MAX_ERRORS]
     ]
     errors = [{name: text.encode(errors="replace").decode() for name, text in item.items()} for item in errors]
-    if any(item["type"] == "json_invalid" for item in error.errors()):
+    if any(item["type"] == "json_invalid" for item in found):
         return problem(
             request.url.path, "malformed_body", f"the body is not JSON: {errors[0]['message']}", {"errors": errors}
         )
-    detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
+    detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:MAX_TOLD])
+    if len(found) > MAX_TOLD:
+        detail += f"; and {len(found) - MAX_TOLD} more"
     return problem(request.url.path, "invalid_request", detail, {"errors": errors})
 
 
@@ -239,11 +252,13 @@ def _readable(item: dict[str, Any]) -> str:
 
 
 async def _http(request: Request, error: Any) -> JSONResponse:
-    answer = problem(request.url.path, _BY_STATUS.get(error.status_code, "internal_error"), str(error.detail))
-    answer.headers.update(error.headers or {})
+    headers, detail = dict(error.headers or {}), str(error.detail)
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # starlette names the methods of the first route alone
-        answer.headers["Allow"] = ", ".join(Templates(request.app.routes).methods(request.url.path))
-    return answer
+        headers["Allow"] = ", ".join(Templates(request.app.routes).methods(request.url.path))
+        detail = f"{request.method} is not served at this path; send one of {headers['Allow']}"
+    elif detail in OF_THE_FRAMEWORK:
+        detail = OF_THE_FRAMEWORK[detail]
+    return problem(request.url.path, _BY_STATUS.get(error.status_code, "internal_error"), detail, headers=headers)
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:

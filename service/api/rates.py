@@ -12,15 +12,16 @@ from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
+FAILED, MOST_FAILED = "attempts without a good key", "60/minute"
+
 
 class Rates:
-    """reads, changes: such as `600/minute`; without one that kind is not counted."""
+    """reads, changes: such as `600/minute`; without one that kind is not counted. Attempts without a good key are."""
 
     def __init__(self, reads: str | None, changes: str | None) -> None:
-        self._limits: dict[str, RateLimitItem] = {
-            kind: parse(limit) for kind, limit in (("reads", reads), ("changes", changes)) if limit
-        }
-        self._window = MovingWindowRateLimiter(MemoryStorage()) if self._limits else None
+        limits = {"reads": reads, "changes": changes, FAILED: MOST_FAILED}
+        self._limits: dict[str, RateLimitItem] = {kind: parse(limit) for kind, limit in limits.items() if limit}
+        self._window = MovingWindowRateLimiter(MemoryStorage())
 
     def wait_s(self, kind: str, who: str) -> int:
         """Count a request. 0, or for how many seconds too many have been let in already; then it does not count."""

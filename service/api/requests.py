@@ -30,6 +30,9 @@ MAX_TEXT = 100_000
 """Characters of any one text; the limit that matters is in tokens, this one spares tokenising nonsense."""
 
 MAX_MESSAGES = 512
+MAX_NAME = 200
+MAX_UNKNOWN = 20
+"""Fields nobody knows that are told one by one."""
 MAX_DEPTH = 64
 """Of metadata. Parsers have limits of their own, further up and each another one."""
 
@@ -47,6 +50,11 @@ def _encodable(value: Any) -> Any:
     return value
 
 
+def clipped(name: str) -> str:
+    """As much of a client's own name for something as an answer or a log line shows."""
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
+
+
 def _children(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
@@ -58,7 +66,10 @@ def not_blank(value: str) -> str:
 
 
 class StrictRequest(BaseModel):
-    """Unknown fields are refused, and so is text that is not Unicode."""
+    """Unknown fields are refused, and so is text that is not Unicode.
+
+    A list of it stops at its first wrong item (`fail_fast`): a small body can hold half a million of them.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -66,6 +77,16 @@ class StrictRequest(BaseModel):
     @classmethod
     def _valid_unicode(cls, data: Any) -> Any:
         return _encodable(data)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hardly_unknown(cls, data: Any) -> Any:
+        unknown = [name for name in data if name not in cls.model_fields] if isinstance(data, dict) else []
+        if len(unknown) > MAX_UNKNOWN:
+            raise ValueError(
+                f"has {len(unknown)} fields that are not known, such as {clipped(unknown[0])}; remove them"
+            )
+        return data
 
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -90,7 +111,20 @@ class MessageBody(StrictRequest):
         return Message(self.role, self.content)
 
 
-Messages = Annotated[list[MessageBody], Field(min_length=1, max_length=MAX_MESSAGES)]
+def short_together(messages: list[Any]) -> list[Any]:
+    """A conversation is one text to the model, and may be as long as any other."""
+    length = sum(len(message.as_message().content) for message in messages)
+    if length > MAX_TEXT:
+        raise ValueError(f"have {length} characters together, and may have {MAX_TEXT}; leave some out")
+    return messages
+
+
+Messages = Annotated[
+    list[MessageBody],
+    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+    AfterValidator(short_together),
+]
+Texts = Annotated[list[Text], Field(max_length=32, fail_fast=True)]
 
 
 class EditBody(StrictRequest):
@@ -106,10 +140,13 @@ class EditBody(StrictRequest):
     )
     correction: Text = Field(description="What greedy decoding should begin with.", examples=["Keir Starmer"])
     subject: Text | None = Field(None, description="What the fact is about, as it stands in the prompt.")
-    paraphrases: list[Text] = Field([], max_length=32, description="Other wordings, judged and reported.")
-    keep: list[Text] = Field([], max_length=32, description="Prompts whose answers must stay, judged and reported.")
+    paraphrases: Texts = Field([], description="Other wordings, judged and reported.")
+    keep: Texts = Field([], description="Prompts whose answers must stay, judged and reported.")
     check_forms: list[CheckForm] = Field(
-        [], max_length=2, description="Ask it once more as bare text, or as a chat of one turn; reported."
+        [],
+        max_length=2,
+        fail_fast=True,
+        description="Ask it once more as bare text, or as a chat of one turn; reported.",
     )
     reason: str | None = Field(None, max_length=2000, description="Why; kept in the ledger.")
     metadata: dict[str, JsonValue] = Field({}, description="Anything of the caller's own; kept in the ledger.")
@@ -159,17 +196,12 @@ class EditBody(StrictRequest):
 
     @field_validator("metadata", mode="before")
     @classmethod
-    def _metadata_is_shallow(cls, value: Any) -> Any:
+    def _metadata_is_small(cls, value: Any) -> Any:
         depth, level = 0, [value]
         while level := [child for item in level for child in _children(item)]:
             depth += 1
             if depth > MAX_DEPTH:
                 raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
-        return value
-
-    @field_validator("metadata")
-    @classmethod
-    def _metadata_is_small(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         try:
             size = len(json.dumps(value, allow_nan=False))
         except ValueError:
@@ -227,7 +259,7 @@ class EditQuery(StrictRequest):
 class BatchBody(StrictRequest):
     """Corrections that are made together."""
 
-    edits: list[EditBody] = Field(min_length=1)
+    edits: list[EditBody] = Field(min_length=1, fail_fast=True)
 
 
 class BatchQuery(EditQuery):

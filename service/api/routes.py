@@ -148,7 +148,7 @@ def get_model(engine: Loaded, response: Response) -> ModelView:
     base, checkpoint = engine.base, engine.checkpoint
     tag(response, published)
     return ModelView(
-        base_model=BaseModelView(ref=base.ref, kind=base.kind, digest=base.digest, parameters=base.parameters),
+        base_model=BaseModelView(ref=base.name, kind=base.kind, digest=base.digest, parameters=base.parameters),
         editor=EditorView(
             name=checkpoint.name,
             digest=checkpoint.digest,

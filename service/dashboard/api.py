@@ -94,4 +94,7 @@ def of_another_site(request: Request) -> bool:
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
     if origin is None:
         return site is not None and site not in OWN_SITE
-    return urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower()
+    try:
+        return urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower()
+    except ValueError:  # it is no URL at all
+        return True

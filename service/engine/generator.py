@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 from transformers import PreTrainedModel
 
 from editors.base_model import BaseModel
@@ -24,7 +24,7 @@ from editors.continuation import Continuation
 from editors.stepping import Rows, Together, rows_of
 from editors.wording import Wording
 from service.engine.asking import Ask, Ended, Event, Listener, Said, Ticket, Which
-from service.engine.errors import BatchTooLarge, Busy, GenerationFailed, GenerationTimeout
+from service.engine.errors import BatchTooLarge, Busy, GenerationFailed, GenerationTimeout, NotReady
 from service.engine.requests import Limits, Published
 from service.engine.weights import View
 from service.telemetry import Generating, Telemetry, code_of
@@ -37,6 +37,7 @@ PADDING = 64
 """Most padding that is read to save a pass, which costs as much as so many tokens."""
 PATIENCE = 4
 """Steps from one such reading to the next, unless as many wait: newcomers who read together cost others less time."""
+STOPPING = "the service is stopping; ask again, which another or the next one answers"
 LINGERS_S = 5.0
 """How long the thread waits for more before it ends."""
 
@@ -95,13 +96,15 @@ class Generator:
         self._ends_at = float("inf")
 
     def submit(self, asks: Sequence[tuple[Ask, Sequence[int]]], tell: Listener) -> Ticket:
-        """Have prompts continued, each given with its tokens. Raises BatchTooLarge, Busy.
+        """Have prompts continued, each given with its tokens. Raises BatchTooLarge, Busy; NotReady when it ends.
 
         tell: called from the decoding thread, with everything in the order in which it comes to pass.
         """
         most = self._limits.together + self._limits.waiting
         if len(asks) > most:
             raise BatchTooLarge(f"one request may ask for {most} texts at most; ask for fewer at once", limit=most)
+        if self._is_ending():
+            raise NotReady(STOPPING)
         request = _Request(Ticket(len(asks), tell, time.monotonic() + self._limits.generation_s), len(asks))
         strands = [
             _Strand(request, index, ask.which, Continuation(self._wording, ids, ask.wish))
@@ -203,13 +206,15 @@ class Generator:
         ticket = strand.request.ticket
         if not ticket.over and self._is_late(strand):
             limit_s = self._limits.generation_s
-            ticket.tell(
-                GenerationTimeout(f"no place became free in time ({limit_s:g} s); try again later", limit_s=limit_s)
-            )
+            late = GenerationTimeout(f"no place became free in time ({limit_s:g} s); try again later", limit_s=limit_s)
+            ticket.tell(NotReady(STOPPING) if self._is_ending() else late)
         return ticket.over
 
     def _is_late(self, strand: _Strand) -> bool:
-        return time.monotonic() > min(strand.request.ticket.deadline, self._ends_at)
+        return self._is_ending() or time.monotonic() > strand.request.ticket.deadline
+
+    def _is_ending(self) -> bool:
+        return time.monotonic() > self._ends_at
 
     def _model(self, strand: _Strand) -> PreTrainedModel:
         """What a text is decoded from."""
@@ -235,7 +240,7 @@ class Generator:
             try:
                 host.rows.join(batch.rows)
             except Exception as error:  # memory
-                logger.warning("texts could not join a batch: %s", error)
+                logger.warning("texts could not join a batch: %s", type(error).__name__)
             else:
                 host.strands += batch.strands
                 return
@@ -267,7 +272,7 @@ class Generator:
             return False
         try:
             if not sound:
-                raise ArithmeticError(f"its scores after {len(text.said)} tokens are no finite numbers")
+                raise GenerationFailed(f"its scores after {len(text.said)} tokens are no finite numbers")
             pieces = [text.take(scores, best)]
             if text.finish_reason is None and self._is_late(strand):
                 pieces.append(text.end("timeout"))
@@ -288,7 +293,8 @@ class Generator:
         if len(strands) == 1:
             self._fail(strands[0], error)
             return
-        logger.warning("a batch of %d texts failed, and each goes on alone: %s", len(strands), error)
+        failed = type(error).__name__
+        logger.warning("a batch of %d texts failed, and each goes on alone: %s", len(strands), failed)
         for strand in strands:
             for alone in self._begun(batch.model, [strand], open=False):
                 self._batches.append(alone)
@@ -299,8 +305,14 @@ class Generator:
 
     def _fail(self, strand: _Strand, error: Exception) -> None:
         logger.error("a generation failed", exc_info=error)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        self._leave(strand, GenerationFailed(f"the model could not go on with this text: {reason}"))
+        if not isinstance(error, GenerationFailed):  # what it says may quote the text
+            memory = isinstance(error, OutOfMemoryError | MemoryError)
+            error = GenerationFailed(
+                "there is no memory for it; ask again, or for less"
+                if memory
+                else f"{type(error).__name__}, an error on our side; it is in the service's log"
+            )
+        self._leave(strand, GenerationFailed(f"the model could not go on with this text: {error}"))
 
     def _leave(self, strand: _Strand, event: Event | None = None) -> None:
         """A text is not decoded any more. event: as it is told."""

@@ -171,7 +171,9 @@ class Connection:
             if isinstance(error, kind):
                 reason, says = slug, sentence
                 break
-        return LedgerUnavailable(f"Redis at {self.address()} {says}: {text}", address=self.address(), reason=reason)
+        address = self.address()
+        said = f"Redis at {address} {says}: {text}"
+        return LedgerUnavailable(said, brief=f"Redis {says}", address=address, reason=reason)
 
     def _unknown(self, error: Exception) -> OutcomeUnknown:
         why = self._translated(error)

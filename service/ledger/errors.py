@@ -28,9 +28,13 @@ class LedgerError(Exception):
 
 
 class LedgerUnavailable(LedgerError):
-    """Worth trying again later."""
+    """Worth trying again later. brief: the same for everybody, without where Redis is."""
 
     code = "ledger_unavailable"
+
+    def __init__(self, message: str, *, brief: str | None = None, **facts: object) -> None:
+        super().__init__(message, **facts)
+        self.brief = brief or message
 
 
 class OutcomeUnknown(LedgerUnavailable):
@@ -93,3 +97,4 @@ class EmbeddedRedisError(LedgerError):
     """`facts["log"]` holds the last lines that the server wrote, when it came to that."""
 
     code = "embedded_redis_error"
+    brief = "the embedded Redis does not run"

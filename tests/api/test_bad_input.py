@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from service.api.limits import MAX_BODY_BYTES
+from service.api.requests import StrictRequest
 from tests.api.answers import assert_problem
 from tests.api.conftest import engine_of
 from tests.service_fixtures import Standing
@@ -75,6 +77,72 @@ def test_a_body_that_is_not_an_edit_is_invalid(client, body, dry_run):
     assert problem["errors"]
 
 
+class TestManyMistakes:
+    """A small body can hold half a million of them; nobody waits for that, and nobody is told of them all."""
+
+    FLOOD = 470_000
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/v1/completions", {"model": "m", "prompt": [0.5] * FLOOD}),
+            ("/v1/completions", {"model": "m", "prompt": [[0.5] * FLOOD]}),
+            ("/v1/completions", {"model": "m", "prompt": "x", "stop": [1] * FLOOD}),
+            ("/v1/completions", {"model": "m", "prompt": "x", **{str(n): 0 for n in range(150_000)}}),
+            ("/v1/chat/completions", {"model": "m", "messages": [0] * FLOOD}),
+            ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": [{}] * FLOOD}]}),
+            ("/generate", {"messages": [{}] * FLOOD}),
+            ("/generate", {"messages": [{str(n): 0 for n in range(20)}] * 512}),
+            ("/edits", {**GOOD, "keep": [""] * FLOOD}),
+            ("/edits", {**GOOD, "check_forms": [""] * FLOOD}),
+            ("/edits", {**GOOD, "metadata": {"x": [float("nan")] * FLOOD}}),
+            ("/edits/batch", {"edits": [0] * FLOOD}),
+            ("/edits/batch", {"edits": [{}] * FLOOD}),
+        ],
+    )
+    def test_are_told_in_short_and_at_once(self, client, path, body):
+        content = json.dumps(body, separators=(",", ":"))
+        assert len(content) < MAX_BODY_BYTES
+        began = time.process_time()
+        answer = client.post(path, content=content, headers=JSON)
+        assert time.process_time() - began < 1.5
+        assert answer.status_code in (400, 422)
+        assert len(answer.content) < 8_000
+
+    def test_are_counted(self, client):
+        problem = client.post("/edits", json={**GOOD, **{f"field {n}": 0 for n in range(15)}}).json()
+        assert len(problem["errors"]) == 15
+        assert problem["detail"].endswith("; and 10 more")
+        problem = client.post("/edits", json={**GOOD, **{f"field {n}": 0 for n in range(1000)}}).json()
+        assert "1000 fields that are not known, such as field 0" in problem["detail"]
+
+    def test_with_long_names_are_told_in_short_too(self, client):
+        answer = client.post("/edits", json={**GOOD, "x" * 1_000_000: 0})
+        assert_problem(answer, "invalid_request")
+        assert len(answer.content) < 2_000
+
+    def test_in_any_list_of_any_request_end_at_the_first(self):
+        lists = [kind for kind in every_list(subclasses(StrictRequest)) if not kind.get("fail_fast")]
+        assert not lists
+
+
+def subclasses(kind: type) -> list[type]:
+    return [kind, *(each for child in kind.__subclasses__() for each in subclasses(child))]
+
+
+def every_list(kinds: list[type]) -> Iterator[dict]:
+    """The lists of what pydantic checks, wherever they stand in it."""
+    left = [kind.__pydantic_core_schema__ for kind in kinds]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            if each.get("type") == "list" and each["items_schema"].get("type") != "definition-ref":  # of any JSON
+                yield each
+            left += each.values()
+        elif isinstance(each, list | tuple):
+            left += each
+
+
 @pytest.mark.parametrize("dry_run", ["true", "false"])
 @pytest.mark.parametrize("depth", [65, 100, 198, 200, 253, 254, 255, 256, 300])
 def test_deep_metadata_is_invalid_however_deep(client, depth, dry_run):
@@ -98,8 +166,9 @@ def test_and_deeper_than_a_parser_can_go(client, depth):
      b'{"prompt": "x", "correction": "x", "metadata": {"x": ' + b"1" * 5000 + b"}}"],
 )  # fmt: skip
 def test_a_body_that_is_not_json_is_malformed(client, body):
-    assert_problem(client.post("/edits", content=body, headers=JSON), "malformed_body")
-    assert_problem(client.post("/generate", content=body, headers=JSON), "malformed_body")
+    for path in ("/edits", "/generate"):
+        detail = assert_problem(client.post(path, content=body, headers=JSON), "malformed_body")["detail"]
+        assert "the body is not JSON: " in detail or "send JSON in UTF-8" in detail
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"null", b"5", b'"x"', b"true", b"{}", b"NaN", b"Infinity"])
@@ -156,6 +225,8 @@ class TestALargeBody:
         ("/generate", "prompt=a&temperature=1e999"),
         ("/generate", "prompt=a&top_p=0"),
         ("/generate", "prompt=a&top_p=1.01"),
+        ("/generate", "prompt=a&repetition_penalty=0.009"),
+        ("/generate", "prompt=a&repetition_penalty=1e-300"),
         ("/generate", "prompt=a&seed=-1"),
         ("/generate", "prompt=a&seed=9223372036854775808"),
         ("/generate", "prompt=a&view=candidate"),
@@ -236,7 +307,7 @@ def test_an_actor_that_is_too_long_is_invalid(client):
 class TestARouteThatIsNot:
     @pytest.mark.parametrize("path", ["/nope", "/edits/a/b", "/%00", "/%ff", "/☃", "/" + "x" * 5000, "/edits/a%2Fb"])
     def test_answers_404(self, client, path):
-        assert_problem(client.get(path), "not_found")
+        assert "/openapi.json lists" in assert_problem(client.get(path), "not_found")["detail"]
         assert_problem(client.post(path, json=GOOD), "not_found")
 
     @pytest.mark.parametrize(
@@ -247,5 +318,30 @@ class TestARouteThatIsNot:
     )  # fmt: skip
     def test_by_this_method_answers_405_and_which_are_allowed(self, client, method, path, allowed):
         answer = client.request(method, path)
-        assert_problem(answer, "method_not_allowed")
+        assert f"send one of {answer.headers['allow']}" in assert_problem(answer, "method_not_allowed")["detail"]
         assert {name.strip() for name in answer.headers["allow"].split(",")} == allowed
+
+
+class TestALongConversation:
+    """To the model it is one text, and so it may be as long as one."""
+
+    def test_is_refused_by_its_length_together(self, client):
+        part = {"role": "user", "content": "a" * 50_000}
+        model = client.get("/v1/models").json()["data"][0]["id"]
+        for path, body in (
+            ("/generate", {}),
+            ("/edits?dry_run=true", {"correction": "x"}),
+            ("/v1/chat/completions", {"model": model}),
+        ):
+            answer = client.post(path, json={**body, "messages": [part] * 3})
+            told = answer.json().get("detail") or answer.json()["error"]["message"]
+            assert "have 150000 characters together, and may have 100000" in told
+            code = answer.json().get("code") or answer.json()["error"]["code"]
+            assert code == "invalid_request"
+            assert client.post(path, json={**body, "messages": [part] * 2}).json() != answer.json()
+
+    def test_of_many_messages_costs_no_more_than_one(self, client):
+        body = {"messages": [{"role": "user", "content": "a <b> " * 32}] * 512}
+        began = time.process_time()
+        assert_problem(client.post("/generate", json=body), "text_too_long")
+        assert time.process_time() - began < 1.5

@@ -16,7 +16,8 @@ from service.app import create_app
 from service.confidential import log_prompts, note_texts, told
 from service.logs import formatter
 from service.settings import Settings
-from tests.api.conftest import ADDRESS
+from tests.api.answers import assert_problem
+from tests.api.conftest import ADDRESS, engine_of, wait_until
 from tests.service_fixtures import never_takes
 
 MARKER = "Xanadu marker"
@@ -127,6 +128,33 @@ class TestErrorsOfOurs:
     def test_are_logged_in_full_where_it_is_asked_for(self, app, log, asked):
         TestClient(app, ADDRESS).get("/broken", params={"prompt": MARKER})
         assert f"RuntimeError: no {MARKER}" in logged(log)
+
+    @pytest.mark.parametrize("path", ["/generate?prompt=The&stream=true", "/generate?prompt=The"])
+    def test_while_decoding_are_told_without_what_they_say(self, client, log, path):
+        def fail(_module, _args, _output):
+            raise RuntimeError(f"no {MARKER}")
+
+        handle = engine_of(client).weights.live.model.register_forward_hook(fail)
+        try:
+            answer = client.get(path)
+        finally:
+            handle.remove()
+        problem = assert_problem(answer, "generation_failed")
+        assert "RuntimeError" in problem["detail"]
+        assert MARKER not in answer.text
+        assert MARKER not in logged(log)
+
+    def test_of_the_watch_are_told_without_what_they_say(self, client, log, monkeypatch):
+        def fail():
+            raise LookupError(MARKER)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_of(client).ledger, "inspect", fail)
+            wait_until(lambda: client.get("/readyz").status_code == 503)
+            told = client.get("/readyz").text
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        assert "LookupError" in told
+        assert MARKER not in told + logged(log)
 
     def test_that_caused_themselves_come_to_an_end(self):
         one, other = ValueError("a"), ValueError("b")

@@ -130,8 +130,9 @@ class TestSigningIn:
         assert page.fields["next"] == "/ui/health"
         assert page.fields["key"] == ""
 
-    def test_by_a_page_of_another_site_is_refused(self, keyed):
-        headers = {"Origin": "https://evil.example"}
+    @pytest.mark.parametrize("origin", ["https://evil.example", "http://[x", "null"])
+    def test_by_a_page_of_another_site_is_refused(self, keyed, origin):
+        headers = {"Origin": origin}
         answer = keyed.post("/ui/sign-in", data={"key": keyed.tokens["read"]}, headers=headers, follow_redirects=False)
         assert "set-cookie" not in answer.headers
 

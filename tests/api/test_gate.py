@@ -84,9 +84,15 @@ class TestHost:
         for host in ("localhost", "a.mend.example"):
             assert_problem(client.get("/model", headers={"Host": host}), "host_not_allowed")
 
-    @pytest.mark.parametrize("settings", [{"allowed_hosts": "*"}, {"host": "0.0.0.0"}, {"host": "::"}])
-    def test_may_be_any(self, door, settings):
-        assert let_in(door(**settings).get("/model", headers={"Host": "whatever.example"}))
+    @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "10.1.2.3"])
+    def test_may_be_any_only_where_that_is_asked_for(self, door, host):
+        """Whoever listens beyond loopback without keys means those who reach the port, not the pages they look at."""
+        headers = {"Host": "rebound.example:8000", "Origin": "http://rebound.example:8000"}
+        closed = door(host=host, open_to_all=True)
+        assert_problem(closed.delete("/edits/edit_1", headers=headers), "host_not_allowed")
+        assert let_in(closed.delete("/edits/edit_1", headers={"Host": "192.168.1.2:8000"}))
+        opened = door(host=host, open_to_all=True, allowed_hosts="*")
+        assert let_in(opened.delete("/edits/edit_1", headers=headers))
 
     def test_matters_not_to_who_shows_a_key_unless_it_is_named(self, door, key):
         headers = {"Host": "mend.example", "Authorization": f"Bearer {key[1]}"}
@@ -121,6 +127,10 @@ class TestPagesOfOthers:
             {"Origin": "null"},
             {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"},
             {"Origin": f"{OWN}.evil.example"},
+            {"Origin": "http://[x"},
+            {"Origin": "http://[::1"},
+            {"Origin": "http://a]b"},
+            {"Origin": ""},
             {"Sec-Fetch-Site": "cross-site"},
             {"Sec-Fetch-Site": "same-site"},
             {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
@@ -239,6 +249,17 @@ class TestRates:
             assert client.get("/livez").status_code == 200
         assert all(let_in(client.get("/model", headers=headers)) for _ in range(2))
 
+    def test_of_attempts_without_a_good_key_are_of_each_address(self, door, key, caplog):
+        client = door(api_keys=key[0])
+        bad = [{}, {"Authorization": "Bearer mend_guessed"}]
+        for attempt in range(60):
+            assert_problem(client.get("/model", headers=bad[attempt % 2]), "unauthenticated")
+        for headers in bad:
+            answer = client.get("/model", headers=headers)
+            assert "60 attempts without a good key per minute" in assert_problem(answer, "rate_limited")["detail"]
+            assert 0 < int(answer.headers["retry-after"]) <= 60
+        assert let_in(client.get("/model", headers={"Authorization": f"Bearer {key[1]}"}))
+
     def test_let_in_again_when_the_time_is_over(self, door):
         client = door(rate_reads="2/second")
         assert all(let_in(client.get("/model")) for _ in range(2))
@@ -278,7 +299,7 @@ class TestHeaders:
             ("GET /livez", 200),
             ("GET /nothing", 404),
             ("PUT /edits", 405),
-            ("GET /edits/", 307),
+            ("GET /edits/", 404),
             ("GET /generate", 422),
             ("GET /generate?prompt=%ff", 400),
             ("GET /export?format=lora", 409),

@@ -246,6 +246,8 @@ class TestErrors:
         ("asked", "code"),
         [
             ({"suffix": "x"}, "invalid_request"),
+            ({"extra_body": {"repetition_penalty": 1e-300}}, "invalid_request"),
+            ({"model": "m" * 257}, "invalid_request"),
             ({"best_of": 3}, "invalid_request"),
             ({"echo": True, "logprobs": 1}, "invalid_request"),
             ({"prompt": ""}, "empty_text"),
@@ -309,7 +311,7 @@ class TestErrors:
         handle = engine.weights.live.model.register_forward_hook(fail)
         try:
             stream = client.completions.create(**LONG, stream=True)
-            with pytest.raises(openai.APIError, match="worn out") as error:
+            with pytest.raises(openai.APIError, match="RuntimeError, an error on our side") as error:
                 list(stream)
             assert error.value.code == "generation_failed"
             with pytest.raises(openai.InternalServerError):

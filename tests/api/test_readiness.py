@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from service.app import create_app
 from service.engine import Engine
-from service.ledger import RedisLedger, digest_of
+from service.ledger import EmbeddedRedis, RedisLedger, digest_of
 from service.ledger.embedded import _packaged_binary
 from service.settings import Settings
 from tests.api.answers import assert_problem
@@ -138,6 +138,7 @@ class TestRedisGone:
             checks = client.get("/readyz").json()["checks"]
             assert checks["model"] == "ok"
             assert checks["ledger"] != "ok"
+            assert str(tmp_path) not in str(checks)
             assert client.get("/livez").status_code == 200
             # What needs no ledger goes on.
             assert client.get("/generate", params=SAY).json() == said
@@ -152,6 +153,18 @@ class TestRedisGone:
             assert client.get("/model").json() == model
             assert client.post("/edits", json=bodies[1]).json()["revision"] == made["revision"] + 1
             assert client.delete(f"/edits/{made['id']}").status_code == 200
+
+    def test_is_told_to_everybody_by_its_reason_and_in_the_log_by_its_address(self, serve, tmp_path, caplog):
+        with (
+            EmbeddedRedis(tmp_path / "redis") as redis,
+            serve(tmp_path / "data", redis_url=redis.url) as client,
+        ):
+            address = engine_of(client).ledger._connection.address()
+            redis.stop()
+            wait_until(lambda: client.get("/readyz").status_code == 503)
+            said = client.get("/readyz").json()["checks"]["ledger"]
+        assert said == "Redis cannot be reached; the log says where, and more"
+        assert address in caplog.text
 
     def test_for_a_moment_is_mended_by_the_service(self, fresh, bodies):
         made = fresh.post("/edits", json=bodies[0]).json()

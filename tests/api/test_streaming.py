@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import socket
 import threading
 import time
@@ -12,9 +14,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from fastapi import Request
 
+from editors.continuation import Piece
+from service.api.answering import streamed
+from service.api.generation import _Frames
 from service.app import create_app
-from service.engine import Sampling
+from service.engine import Said, Sampling, Ticket
 from service.settings import Settings
 from tests.api.answers import assert_problem
 from tests.api.conftest import on_socket, slowed, wait_until
@@ -126,7 +132,7 @@ class TestEvents:
         assert [name for name, _ in told] == ["token"] * 4 + ["error"]
         problem = told[-1][1]
         assert (problem["code"], problem["status"]) == ("generation_failed", 500)
-        assert "worn out" in problem["detail"]
+        assert "RuntimeError, an error on our side" in problem["detail"]
 
 
 class TestAClientThatLeaves:
@@ -217,3 +223,31 @@ class TestLimits:
                 assert time.monotonic() - start < 2
         assert told[-1][0] == "done"
         assert told[-1][1]["finish_reason"] == "timeout"
+
+
+def test_a_client_that_leaves_just_before_its_stream_is_no_error_of_ours(listening, caplog):
+    engine = listening[1].state.service.ready_engine()
+
+    async def left() -> list[bytes]:
+        loop, leaves = asyncio.get_running_loop(), asyncio.Event()
+
+        async def receive() -> dict:
+            await leaves.wait()
+            return {"type": "http.disconnect"}
+
+        def begin(tell) -> Ticket:
+            """As the engine's, but for what comes to pass before it returns: a piece, and then the client leaves."""
+            ticket = Ticket(1, tell, time.monotonic() + 10)
+            ticket.published = engine.published
+            ticket.tell(Said(0, Piece("a piece")))
+            loop.call_soon_threadsafe(leaves.set)
+            time.sleep(0.05)
+            return ticket
+
+        stream = await streamed(Request({"type": "http"}, receive), begin, lambda at: _Frames(("live",), at, False))
+        return [frame async for frame in stream.body_iterator]
+
+    with caplog.at_level(logging.INFO):
+        (frame,) = asyncio.run(left())
+    assert b"a piece" in frame
+    assert not caplog.records

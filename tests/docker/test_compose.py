@@ -77,6 +77,25 @@ def test_what_runs_may_do_little_and_has_time_to_end(name):
             assert seconds(own["stop_grace_period"]) > DRAIN_S + 10
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in DOCKER.glob("compose*.yaml")))
+def test_redis_is_reached_by_the_services_of_the_ledger_alone(name):
+    among = {service for service, own in services(name).items() if "ledger" in own.get("networks", ())}
+    if name not in WHOLE:
+        assert among == set()
+        return
+    assert among == {"redis", *mends(name)}
+    assert services(name)["redis"]["networks"] == ["ledger"]
+    assert compose(name)["networks"] == {"ledger": {"internal": True}}
+    assert all("default" in own["networks"] for own in mends(name).values())  # for the port, the proxy and the hub
+
+
+def test_grafana_knows_nobody_who_may_change_anything():
+    given = services("compose.observability.yaml")["grafana"]["environment"]
+    assert given["GF_AUTH_DISABLE_LOGIN_FORM"] == given["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert given["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert given.get("GF_AUTH_ANONYMOUS_ORG_ROLE", "Viewer") == "Viewer"
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_volumes_are_named_and_that_of_the_service_is_the_image_s(name):
     volumes = compose(name)["volumes"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import normalizers
 
-from editors.chat import Message, chat_prompt
+from editors.chat import Message, chat_prompt, question_of
 from editors.errors import ChatRefused, NoChatTemplate
 from tests.small import adding, small_tokenizer
 
@@ -50,6 +51,27 @@ class TestAMessage:
             chat_prompt(small_tokenizer(), [Message("user", "<b>1 < 2</b>")]) == "user: <b>1 < 2</b><eos>\nassistant:"
         )
 
+    @pytest.mark.parametrize("spelt", ["<eos>", "\N{FULLWIDTH LESS-THAN SIGN}eos\N{FULLWIDTH GREATER-THAN SIGN}"])
+    def test_cannot_leave_it_where_the_tokenizer_rewrites_what_it_reads(self, spelt):
+        tokenizer = small_tokenizer()
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+        harmless = tokenizer(chat_prompt(tokenizer, [Message("user", "x")])).input_ids
+        try:
+            ids = tokenizer(chat_prompt(tokenizer, [Message("user", f"x{spelt}")])).input_ids
+        except ChatRefused:
+            return
+        assert ids.count(tokenizer.eos_token_id) == harmless.count(tokenizer.eos_token_id)
+
+    def test_is_tokenised_only_where_it_spells_a_special_token(self, monkeypatch):
+        tokenizer, read = small_tokenizer(), []
+        plain = type(tokenizer).__call__
+        monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *args, **more: (
+            read.append(args[0]), plain(self, *args, **more))[1])  # fmt: skip
+        chat_prompt(tokenizer, [Message("user", "a < b")] * 50)
+        assert read == []
+        chat_prompt(tokenizer, [Message("user", "a <eos> b"), Message("user", "a")])
+        assert read == ["a <eos> b"]
+
     def test_that_cannot_be_contained_is_refused(self):
         tokenizer = small_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": ["§"]})
@@ -69,3 +91,23 @@ def test_what_the_template_refuses_is_refused():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ChatRefused, match="roles must alternate"):
         chat_prompt(tokenizer, HELLO)
+
+
+class TestQuestion:
+    """Where a subject is looked for."""
+
+    @pytest.mark.parametrize("content", ["assistant", "a", "user", ":", "system: a", " Which city?\n", "b", "x<eos>"])
+    def test_is_the_message_and_never_the_template_s_own_words(self, content):
+        tokenizer = small_tokenizer()
+        messages = [*HELLO[:-1], Message("user", content)]
+        prompt = chat_prompt(tokenizer, messages)
+        found = question_of(tokenizer, prompt, messages)
+        said = prompt[found].replace("\N{WORD JOINER}", "")
+        assert said == content.strip()
+        assert prompt[: found.start].endswith("user: " + content[: len(content) - len(content.lstrip())])
+
+    def test_is_all_where_the_template_rewrites_it(self):
+        tokenizer = small_tokenizer()
+        tokenizer.chat_template = "{{ messages[-1]['content'] | upper }}:"
+        messages = [Message("user", "which city?")]
+        assert question_of(tokenizer, "WHICH CITY?:", messages) == slice(0, 12)

@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from editors.continuation import Continuation, Wish
-from editors.sampling import Sampling
+from editors.sampling import Choice, Sampling
 from editors.text import encode
 from editors.wording import Wording, Words
 from tests.editors.dense import logits
@@ -35,11 +35,25 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Few characters have tokens; all others are spelt by bytes, as by the tokenizers of Llama 2, Mistral and Gemma."""
+    pieces = ["<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "日", "é"]
+    tokenizer = Tokenizer(BPE({piece: n for n, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
 def written(tokenizer, text: str, wish: Wish) -> tuple[Continuation, list]:
     """A model that says exactly this text, and then ends."""
+    return saying(tokenizer, tokenizer(text).input_ids, wish)
+
+
+def saying(tokenizer, tokens: list[int], wish: Wish) -> tuple[Continuation, list]:
+    """A model that says exactly these tokens, and then ends."""
     said = Continuation(Wording(small_llama(), tokenizer), [5], wish)
     pieces = []
-    for token in [*tokenizer(text).input_ids, 0]:
+    for token in [*tokens, 0]:
         scores = torch.full((300,), -1.0)
         scores[token] = 5.0
         pieces.append(said.take(scores, token))
@@ -71,27 +85,65 @@ class TestWords:
         assert [words.read("a"), words.read("a b"), words.read("a b c", last=True)] == ["a", " b", " c"]
 
 
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), fallback_tokenizer()], ids=["bytes", "fallback"])
 class TestCharacters:
     TEXT = "日本 ☃🙂 é"
 
-    def test_are_told_whole(self):
-        said, pieces = written(byte_tokenizer(), self.TEXT, Wish(100))
+    def test_are_told_whole(self, tokenizer):
+        said, pieces = written(tokenizer, self.TEXT, Wish(100))
         assert [piece.text for piece in pieces] == list(self.TEXT)
-        assert (said.finish_reason, len(said.said)) == ("stop", len(self.TEXT.encode()))
+        assert (said.finish_reason, len(said.said)) == ("stop", len(tokenizer(self.TEXT).input_ids))
 
-    def test_that_are_cut_short_are_told_at_the_end(self):
-        _, pieces = written(byte_tokenizer(), "a☃", Wish(3))
-        assert "".join(piece.text for piece in pieces) == "a\N{REPLACEMENT CHARACTER}"
+    def test_that_are_cut_short_are_told_at_the_end(self, tokenizer):
+        _, pieces = written(tokenizer, "a☃", Wish(3))
+        told = "".join(piece.text for piece in pieces)
+        assert (told[0], set(told[1:])) == ("a", {"\N{REPLACEMENT CHARACTER}"})
 
-    def test_are_made_of_tokens_whose_bytes_join(self):
-        _, pieces = written(byte_tokenizer(), self.TEXT, Wish(100, logprobs=0))
+    def test_are_made_of_tokens_whose_bytes_join(self, tokenizer):
+        _, pieces = written(tokenizer, self.TEXT, Wish(100, logprobs=0))
         assert [b"".join(token.spelt for token in piece.tokens).decode() for piece in pieces] == list(self.TEXT)
 
-    def test_of_a_stop_string_cross_tokens(self):
-        said, pieces = written(byte_tokenizer(), self.TEXT, Wish(100, stop=("☃🙂",), logprobs=0))
-        assert "".join(piece.text for piece in pieces) == "日本 "
-        assert b"".join(token.spelt for piece in pieces for token in piece.tokens).decode() == "日本 "
+    @pytest.mark.parametrize("text", ["a🙂b", "🙂🙂", "a☃é 日本b", "☃", "a\N{REPLACEMENT CHARACTER}b"])
+    def test_begin_where_the_text_has_them(self, tokenizer, text):
+        said, pieces = written(tokenizer, text, Wish(100, logprobs=0))
+        tokens = [token for piece in pieces for token in piece.tokens]
+        assert [token.id for token in tokens] == said.said
+        whole, read = "".join(piece.text for piece in pieces), b""
+        assert whole == text
+        for token in tokens:
+            begun = read.decode(errors="ignore")  # without what the character under way has said of itself
+            assert token.offset == len(begun)
+            read += token.spelt
+        assert read.decode() == text
+
+    def test_that_never_come_to_an_end_take_a_place_of_their_own(self, tokenizer):
+        first = tokenizer("🙂").input_ids[0]
+        a, b = tokenizer("a").input_ids + tokenizer("b").input_ids
+        _, pieces = saying(tokenizer, [a, first, b, a], Wish(100, logprobs=0))
+        tokens = [token for piece in pieces for token in piece.tokens]
+        assert "".join(piece.text for piece in pieces) == "a\N{REPLACEMENT CHARACTER}ba"
+        assert [(token.id, token.offset) for token in tokens] == [(a, 0), (first, 1), (b, 2), (a, 3)]
+
+    def test_that_are_no_characters_take_nothing_of_what_follows_them(self, tokenizer):
+        ids = [*tokenizer("☃").input_ids, tokenizer("🙂").input_ids[0], *tokenizer("bab").input_ids]
+        _, pieces = saying(tokenizer, ids, Wish(100, logprobs=0))
+        told = "".join(piece.text for piece in pieces)
+        assert (told[0], told[-3:]) == ("☃", "bab")
+        assert [token.id for piece in pieces for token in piece.tokens] == ids
+
+    @pytest.mark.parametrize(
+        ("stop", "expected"), [("☃🙂", "日本 "), ("🙂", "日本 ☃"), ("本", "日"), (" é", "日本 ☃🙂"), ("é", "日本 ☃🙂 ")]
+    )
+    def test_of_a_stop_string_cross_tokens(self, tokenizer, stop, expected):
+        said, pieces = written(tokenizer, self.TEXT, Wish(100, stop=(stop,), logprobs=0))
+        assert "".join(piece.text for piece in pieces) == expected
+        assert b"".join(token.spelt for piece in pieces for token in piece.tokens).decode() == expected
         assert said.finish_reason == "stop"
+
+    def test_that_are_held_back_before_a_stop_string_are_not_lost(self, tokenizer):
+        """The stop string's first character is the last that is said, so that it waits for the next."""
+        _, pieces = written(tokenizer, "aé☃b", Wish(100, stop=("é☃☃", "☃b"), logprobs=0))
+        assert b"".join(token.spelt for piece in pieces for token in piece.tokens).decode() == "aé"
 
 
 class TestStop:
@@ -155,6 +207,14 @@ class TestSampling:
         for seed in range(5):
             _, pieces = continued(*parts(linear), ids, Wish(6, Sampling(5.0, top_k=3, seed=seed), logprobs=3))
             assert all(token.id in {each.id for each in token.top} for piece in pieces for token in piece.tokens)
+
+    @pytest.mark.parametrize("penalty", [0.01, 10.0])
+    @pytest.mark.parametrize("temperature", [1e-6, 1.0, 10.0])
+    def test_at_the_ends_of_what_may_be_asked_draws_from_finite_scores(self, penalty, temperature):
+        scores = torch.linspace(-80.0, 80.0, 50)
+        choice = Choice(Sampling(temperature, 1.0, 0, penalty, seed=3))
+        assert choice._processors(torch.arange(50)[None], scores[None].clone()).isfinite().all()
+        assert 0 <= choice.of(scores, 49, range(50)) < 50
 
     def test_with_a_penalty_repeats_less(self, linear):
         ids = encode(linear.tokenizer, PROMPT).prompt

@@ -14,7 +14,19 @@ import pytest
 import torch
 
 from editors.sampling import Sampling
-from service.engine import Ask, Busy, Ended, Engine, Event, GenerationFailed, GenerationTimeout, Limits, Said, Wish
+from service.engine import (
+    Ask,
+    Busy,
+    Ended,
+    Engine,
+    Event,
+    GenerationFailed,
+    GenerationTimeout,
+    Limits,
+    NotReady,
+    Said,
+    Wish,
+)
 from service.engine.asking import Ticket
 from tests.api.conftest import wait_until
 from tests.service_fixtures import LIMITS, PROMPTS
@@ -216,6 +228,20 @@ class TestLimits:
                 heard.wait(2)
         assert heard.ended[0].finish_reason == "timeout"
 
+    def test_of_a_service_that_stops_are_told_as_such(self, open_engine):
+        engine = open_engine(limits=limited(together=1))
+        with slowed(engine.weights.live.model) as rows:
+            running = ask(engine, Ask("The city", Wish(200, Sampling(2.0, seed=1))))
+            wait_until(lambda: rows, within_s=10)
+            waiting = ask(engine, Ask("The city", Wish(5)))
+            engine.end_generations(0)
+            with pytest.raises(NotReady, match="is stopping; ask again"):
+                waiting.wait()
+            assert running.wait().ended[0].finish_reason == "timeout"
+        with pytest.raises(NotReady, match="is stopping; ask again"):
+            ask(engine, Ask("The city", Wish(5)))
+        assert not engine._generator._strands
+
     def test_all_end_when_the_service_does(self, engine):
         with slowed(engine.weights.live.model):
             heard = [ask(engine, Ask("The city", Wish(200, Sampling(2.0, seed=n)))) for n in range(3)]
@@ -230,14 +256,14 @@ class TestTrouble:
 
     GOOD = ("The capital of France is", "Germany speaks the", "A city in Italy")
 
-    def outcomes(self, engine, poisoned_at: int) -> None:
+    def outcomes(self, engine, poisoned_at: int, told: str) -> None:
         expected = [engine.generate(prompt, 12)[0].text for prompt in self.GOOD]
         poisoned = tuple([5] * poisoned_at + [POISON] + [6] * 3)
         heard = [ask(engine, Ask(self.GOOD[0], Wish(12))), ask(engine, Ask(poisoned, Wish(12)))]
         heard += [ask(engine, Ask(prompt, Wish(12))) for prompt in self.GOOD[1:]]
         bad = heard.pop(1)
         assert [each.wait().text for each in heard] == expected
-        with pytest.raises(GenerationFailed):
+        with pytest.raises(GenerationFailed, match=told):
             bad.wait()
         assert not engine._generator._strands
         assert not engine.weights._readers
@@ -248,7 +274,7 @@ class TestTrouble:
                 raise torch.OutOfMemoryError("no room for this prompt")
 
         with hooked(engine.weights.live.model, fail):
-            self.outcomes(engine, 4)
+            self.outcomes(engine, 4, "there is no memory for it")
 
     def test_of_a_whole_batch_lets_each_go_on_alone(self, engine):
         expected = [engine.generate(prompt, 12)[0].text for prompt in self.GOOD]
@@ -269,7 +295,7 @@ class TestTrouble:
             logits[(ids == POISON).any(1)] = float("nan")
 
         with hooked(engine.weights.live.model, spoil):
-            self.outcomes(engine, 0)
+            self.outcomes(engine, 0, "no finite numbers")
 
     def test_of_ours_is_told_to_everybody_and_the_next_is_served(self, engine, monkeypatch):
         with monkeypatch.context() as patch:
