@@ -49,11 +49,14 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     pairs = {scope: made(name, scope) for scope, name in (("read", "rita"), ("edit", "edna"), ("admin", "ada"))}
     write(folder / "keys.json", *(key for _, key in pairs.values()))
     keys = {scope: token for scope, (token, _) in pairs.items()}
+    (folder / "guard.txt").write_text("The capital of Italy is\nTwo and two make\nWater boils at a temperature of\n")
     with RedisServer() as redis:
         settings = {
             "MEND_API_KEYS": str(folder / "keys.json"),
             "MEND_REDIS_URL": f"unix://{redis.path}",
             "MEND_AUDIT_EVERY_S": "0",
+            "MEND_GUARD_PROMPTS": str(folder / "guard.txt"),  # few, and short answers, since there are many edits
+            "MEND_ANSWER_TOKENS": "8",
             "OMP_NUM_THREADS": "1",
         }
         with serving(folder / "data", folder / "log", **settings) as server:

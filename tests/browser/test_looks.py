@@ -16,10 +16,8 @@ pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 expect.set_options(timeout=PATIENCE_MS)
 
 INJECTED = (
-    "<script>window.harmed = 1</script>",
-    '"><img src=x onerror="window.harmed = 1">',
-    "{{ 7 * 7 }} </textarea><svg onload=window.harmed=1>",
-    "javascript:window.harmed=1",
+    '"><script>window.harmed = 1</script>',
+    "'{{ 7 * 7 }}</textarea><img src=x onerror=window.harmed=1>",
 )
 
 
@@ -48,22 +46,25 @@ def full(clean: Dashboard) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-def test_pages_are_accessible_and_fit(full: dict[str, str], window: Window, size, theme):
-    page = window("admin", size, theme)
+def test_pages_are_accessible_and_fit_at_both_widths_in_both_themes(full: dict[str, str], window: Window):
+    page = window("admin")
     SCREENS.mkdir(parents=True, exist_ok=True)
 
     def look(name: str) -> None:
-        page.screenshot(path=SCREENS / f"{name}-{theme}-{size[0]}.png", full_page=True)
-        assert page.evaluate("document.documentElement.scrollWidth") <= size[0], name
-        found = Axe().run(page).response["violations"]
-        grave = [each for each in found if each["impact"] in ("serious", "critical")]
-        assert not grave, (name, [(each["id"], [node["html"] for node in each["nodes"]]) for each in grave])
+        for width, height in (NARROW, WIDE):
+            page.set_viewport_size({"width": width, "height": height})
+            for theme in ("dark", "light"):
+                page.emulate_media(color_scheme=theme)
+                page.screenshot(path=SCREENS / f"{name}-{theme}-{width}.png", full_page=True)
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+                found = Axe().run(page).response["violations"]
+                grave = [each for each in found if each["impact"] in ("serious", "critical")]
+                assert not grave, (name, [(each["id"], [node["html"] for node in each["nodes"]]) for each in grave])
 
     for name, path in full.items():
         page.goto(path)
-        expect(page.locator("#ready-text")).to_have_text("ready") if name != "sign-in" else None
+        if name != "sign-in":
+            expect(page.locator("#ready-text")).to_have_text("ready")
         look(name)
     preview(page, OTHER_PROMPT, OTHER_CORRECTION)
     expect(page.get_by_role("button", name="Make this edit live")).to_be_visible()
@@ -73,7 +74,6 @@ def test_pages_are_accessible_and_fit(full: dict[str, str], window: Window, size
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#said-live ins").first).to_be_visible()
     look("generated")
-    page.keyboard.press("Escape")
     page.goto("/")
     page.keyboard.press("?")
     look("keys")

@@ -302,7 +302,7 @@ class TestWithoutScripts:
     def test_reads_and_rolls_back(self, clean: Dashboard, window: Window):
         edit = clean.edit(PROMPT, CORRECTION)
         page = window("edit", NARROW, scripts=False)
-        page.get_by_role("link", name=CORRECTION).click()
+        row(page, edit["id"]).get_by_role("link").click()
         expect(page.get_by_role("heading", name="Layers touched")).to_be_visible()
         page.get_by_role("link", name="Roll this edit back").click()
         page.get_by_label("Reason").fill("without scripts")

@@ -48,13 +48,14 @@ def main() -> int:
         active = server.get("/model")["active_edits"]
     kinds = json.loads((folder / "locust.json").read_text())
     failures = sum(kind["num_failures"] for kind in kinds)
+    fifths = " ".join(f"{_median(memory_bytes, fifth) / 1e6:.0f}" for fifth in range(5))
     early, late = _median(memory_bytes, 1), _median(memory_bytes, 4)
     growth = late / early - 1
     sys.stdout.write(table(kinds))
     sys.stdout.write(
         f"\n{given.users} users, {given.minutes:g} minutes: revision {revision['revision']}, {active} active edits, "
-        f"state and weights verified; {failures} failures; memory {early / 1e6:.0f} MB in the second fifth, "
-        f"{late / 1e6:.0f} MB in the last ({growth:+.1%})\n"
+        f"state and weights verified; {failures} failures; memory by fifths of the time {fifths} MB "
+        f"({growth:+.1%} from the second to the last)\n"
     )
     if failures or growth > GROWTH_ALLOWED:
         sys.stdout.write(f"log and figures are in {folder}\n")

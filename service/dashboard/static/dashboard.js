@@ -25,6 +25,10 @@ const ready = (good, text) => {
   $("#ready-text").textContent = text;
 };
 
+const FOLLOW_AGAIN_MS = 5000;
+const RELOADED = ["problem", "ledger", "edit", "health"]; // when the service is well again; nobody types there
+let unwell = false;
+
 const follow = () => {
   const events = new EventSource("/events");
   events.addEventListener("revision", (event) => {
@@ -41,12 +45,16 @@ const follow = () => {
     const wrong = Object.entries(told.checks).filter(([, state]) => state !== "ok");
     ready(!wrong.length, wrong.length ? "not ready" : "ready");
     trouble(wrong.map(([part, state]) => `${part}: ${state}`).join("; "));
-    if (!wrong.length && page === "problem") location.reload();
+    if (wrong.length) unwell = true;
+    else if (unwell && RELOADED.includes(page)) location.reload();
   });
   events.addEventListener("step", (event) => showStep(JSON.parse(event.data)));
-  events.onerror = () => {
+  events.onerror = async () => {
     ready(false, "connection lost");
-    if (events.readyState === EventSource.CLOSED) setTimeout(follow, 3000);
+    if (events.readyState !== EventSource.CLOSED) return; // it tries again by itself
+    const session = await fetch("/session").catch(() => null);
+    if (session?.status === 401) return trouble("Your session is over. Sign in again to see what goes on.");
+    setTimeout(follow, FOLLOW_AGAIN_MS);
   };
 };
 
