@@ -11,6 +11,8 @@ from service.dashboard.api import Refused
 from service.dashboard.forms import Form, edit_body, edit_query, new_key
 from service.dashboard.visits import Submitted, Visit, Visitor, or_refused
 
+TWIN = "/openapi.json"
+"""What the form asks for; what it sends is shown as a command."""
 BASE_TOKENS = 16
 """Of the base's answer, which the API does not tell with an edit."""
 
@@ -20,7 +22,7 @@ router = APIRouter()
 @router.get("/ui/new")
 async def new(visit: Visitor, request: Request) -> HTMLResponse:
     """A form for a correction, which may be filled in by the URL."""
-    return visit.page("new.html", form=Form(dict(request.query_params)), seen=None, body=None)
+    return visit.page("new.html", TWIN, form=Form(dict(request.query_params)), seen=None, body=None)
 
 
 @router.post("/ui/new")
@@ -61,7 +63,7 @@ async def _shown(
     known = {"before": None, "after": None, "checks": None, "scale": None, "best_margin_nats": None, "status": None}
     return visit.page(
         "new.html",
-        None,
+        TWIN,
         refused,
         form=form,
         body=body,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
@@ -13,6 +14,7 @@ from service.dashboard.forms import Form
 from service.dashboard.ledger import plain, scored
 from service.dashboard.visits import Submitted, Visitor
 
+EXAMPLE = "The Prime Minister of the United Kingdom is"
 NUMBERS = ("max_new_tokens", "temperature", "seed")
 
 router = APIRouter()
@@ -21,7 +23,8 @@ router = APIRouter()
 @router.get("/ui/playground")
 async def playground(visit: Visitor, request: Request) -> HTMLResponse:
     """A form, which the URL may fill in."""
-    return visit.page("playground.html", form=Form(dict(request.query_params)), answer=None)
+    form = Form(dict(request.query_params))
+    return visit.page("playground.html", _twin(form), form=form, answer=None)
 
 
 @router.post("/ui/playground")
@@ -32,11 +35,16 @@ async def play(visit: Visitor, form: Submitted) -> HTMLResponse:
         asked = {"prompt": form["prompt"], "view": "both", **numbers}
         answer = (await visit.api.ask("POST", "/generate", body=asked)).body
     except Refused as refused:
-        return visit.page("playground.html", None, refused, form=form, answer=None)
+        return visit.page("playground.html", _twin(form), refused, form=form, answer=None)
     texts = [answer[view]["text"] for view in ("base", "live")]
     said = await asyncio.gather(*(scored(visit, {"prompt": form["prompt"]}, text) for text in texts))
     pieces = [
         compared(each["tokens"], [])[0] if isinstance(each, dict) else plain(text)
         for each, text in zip(said, texts, strict=True)
     ]
-    return visit.page("playground.html", form=form, answer=answer, base=pieces[0], live=pieces[1])
+    return visit.page("playground.html", _twin(form), form=form, answer=answer, base=pieces[0], live=pieces[1])
+
+
+def _twin(form: Form) -> str:
+    asked = {name: form[name] for name in ("prompt", *NUMBERS) if form.text(name)}
+    return f"/generate?{urlencode({'prompt': EXAMPLE, **asked, 'view': 'both'})}"

@@ -69,7 +69,7 @@ async def _page(visit: Visit, form: Form, refused: Refused | None = None, told: 
         refused, preview = refused or preview, None
     return visit.page(
         "rollback.html",
-        "/tags",
+        f"/edits/{quote(form['edit'], safe='')}" if form["edit"] else "/tags",
         refused,
         done=told,
         target={**dict.fromkeys(TARGETS), **target},

@@ -44,7 +44,7 @@ async def sign_out(visit: Visitor, form: Submitted) -> Response:
 
 def _form(back: str, refused: Refused | None = None) -> HTMLResponse:
     status = refused.status if refused else 200
-    return page("sign_in.html", status, **{**common(None), "refused": refused}, next=back)
+    return page("sign_in.html", status, **{**common(None), "twin": "/session", "refused": refused}, next=back)
 
 
 def _with_cookies(response: Response, answer: Answer) -> Response:

@@ -79,7 +79,7 @@ class TestEveryPage:
             assert tag != "script" or given["src"].startswith("/ui/static/")
         assert "<style" not in answer.text
 
-    @pytest.mark.parametrize("path", ["/", "/?q=x&status=applied&limit=3", "/ui/rollback", "/ui/health"])
+    @pytest.mark.parametrize("path", [*PAGES, "/?q=x&status=applied&limit=3", "/ui/playground?prompt=The+dog&seed=1"])
     def test_names_its_twin_in_json(self, client, path):
         twin = read(client.get(path)).links["alternate"]
         answer = client.get(twin)
