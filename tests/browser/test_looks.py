@@ -15,10 +15,8 @@ Window = Callable[..., Page]
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 expect.set_options(timeout=PATIENCE_MS)
 
-INJECTED = (
-    '"><script>window.harmed = 1</script>',
-    "'{{ 7 * 7 }}</textarea><img src=x onerror=window.harmed=1>",
-)
+HARM = "\"'{{ 7 * 7 }}</textarea><script>harmed=1</script><img src=x onerror=harmed=1>"
+"""For every place that text of others could break out of: elements, fields, attributes, templates."""
 
 
 @pytest.fixture
@@ -79,44 +77,44 @@ def test_pages_are_accessible_and_fit_at_both_widths_in_both_themes(full: dict[s
     look("keys")
 
 
-@pytest.mark.parametrize("harm", INJECTED)
-def test_what_is_shown_stays_text(clean: Dashboard, window: Window, harm):
+def test_what_is_shown_stays_text(clean: Dashboard, window: Window):
     answer = clean.client.post(
         "/edits",
         json={
-            "prompt": f"{harm} The Prime Minister of the United Kingdom is",
-            "correction": harm,
-            "paraphrases": [harm],
-            "keep": [harm],
-            "reason": harm,
-            "metadata": {harm: harm},
+            "prompt": f"{HARM} The Prime Minister of the United Kingdom is",
+            "correction": HARM,
+            "paraphrases": [HARM],
+            "keep": [HARM],
+            "reason": HARM,
+            "metadata": {HARM: HARM},
         },
-        headers={"X-Actor": harm},
+        headers={"X-Actor": HARM},
         params={"allow_loss": "true"},
     )
     assert answer.status_code == 201, answer.text
     edit = answer.json()
     page = window("admin")
     pages = ["/", f"/ui/edits/{edit['id']}", f"/ui/rollback?edit={edit['id']}", "/ui/health"]
-    for path in [*pages, f"/?q={harm}&actor={harm}&status=", f"/ui/new?prompt={harm}&correction={harm}"]:
+    for path in [*pages, f"/?q={HARM}&actor={HARM}&status=", f"/ui/new?prompt={HARM}&correction={HARM}"]:
         page.goto(path)
         expect(page.locator("#ready-text")).to_have_text("ready")
         assert page.evaluate("window.harmed") is None, path
         assert page.locator("main img, main script, main svg[onload]").count() == 0, path
     page.goto(f"/ui/edits/{edit['id']}")
     for place in ("h1", ".history", ".command", ".facts"):
-        assert harm in " ".join(page.locator(place).all_text_contents()), place
+        assert HARM in " ".join(page.locator(place).all_text_contents()), place
 
     # What the model says, and streams.
     page.goto("/ui/playground")
     page.get_by_label("Prompt").fill(edit["prompt"])
+    page.get_by_label("Most tokens").fill("64")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#answers")).to_have_attribute("aria-busy", "false")
-    expect(page.locator("#said-live")).to_contain_text(harm.strip())
+    expect(page.locator("#said-live")).to_contain_text(HARM.strip())
     assert page.evaluate("window.harmed") is None
 
     # What somebody types.
-    preview(page, f"{harm} again", harm)
+    preview(page, f"{HARM} again", HARM)
     expect(page.locator("#preview, .problem").first).to_be_visible()
     assert page.evaluate("window.harmed") is None
 

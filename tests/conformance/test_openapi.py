@@ -11,7 +11,7 @@ from service.settings import Settings
 from tests.conformance.__main__ import conform
 from tests.conformance.snapshot import SNAPSHOT
 
-SECONDS = 25
+SECONDS = 15
 
 
 def test_the_document_is_the_one_that_is_committed():

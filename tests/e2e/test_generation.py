@@ -14,7 +14,7 @@ from tests.e2e.server import Server, serving
 
 PROMPT = "The Prime Minister of the United Kingdom is"
 CORRECTION = "Keir Starmer"
-TOGGLES = 3
+TOGGLES = 2
 READERS = 2
 ASKED = (
     {"prompt": PROMPT, "max_new_tokens": 12},

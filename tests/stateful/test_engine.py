@@ -321,7 +321,7 @@ def test_any_sequence_of_changes(kind: str, tmp_path: Path) -> None:
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=16,
+                max_examples=8,
                 stateful_step_count=20,
                 deadline=None,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
