@@ -6,6 +6,7 @@ Whatever the visitor may not do, a page may not either; whatever a page shows, c
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 from fastapi import Request
 
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log URLs, and so what is searched for
 SHOWN = ("host", "cookie", "x-request-id", "x-forwarded-proto", "traceparent")
 """Headers of a visitor that the API is to see."""
 ORIGIN = ("origin", "sec-fetch-site")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 from collections.abc import Iterator
@@ -209,6 +210,19 @@ class TestText:
         words = shlex.split(command.split("Copy")[0])
         assert words[:3] == ["curl", "-sS", f"{ADDRESS}/edits"]
         assert json.loads(words[words.index("-d") + 1]) == body
+
+
+def test_no_text_of_a_visitor_is_logged(client, bodies, caplog):
+    with caplog.at_level(logging.DEBUG):
+        client.get("/", params={"q": "the-marker", "actor": "the-marker"})
+        client.get("/ui/new", params={"prompt": "the-marker"})
+        client.post("/ui/new", data={**bodies[0], "reason": "the-marker", "paraphrases": "the-marker"})
+        client.post("/ui/playground", data={"prompt": "the-marker"})
+    own = [record for record in caplog.records if not record.name.startswith(("asyncio", "httpcore"))]
+    assert any(record.name == "mend.access" for record in own)
+    sent_by_the_test = "http://127.0.0.1:8000"
+    told = [record.getMessage() for record in own]
+    assert not [each for each in told if "the-marker" in each and sent_by_the_test not in each]
 
 
 def test_a_number_that_is_none_is_refused_by_the_api(client):
