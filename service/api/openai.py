@@ -19,6 +19,7 @@ from service.api.openai_requests import DEFAULT_MAX_TOKENS, ChatBody, Completion
 from service.api.openai_views import ChatShape, Chunks, CompletionShape
 from service.api.problems import openai_responses
 from service.api.requests import NoQuery
+from service.api.streams import STREAM
 from service.confidential import note_texts
 from service.engine import Ask, Engine, Listener, ModelNotFound, Published, TextTooLong, Ticket, Which
 
@@ -26,7 +27,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"])
 STARTED = int(time.time())
 BASE = "@base"
 ANSWERS = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    **STREAM,
     **openai_responses(400, 404, 413, 422, 429, 500, 503, 504),
 }
 NoParameters = Annotated[NoQuery, Query()]

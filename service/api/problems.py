@@ -95,6 +95,8 @@ STATUS_BY_CODE = {
 
 OF_ACCESS = (401, 403, 429)
 """How every route that takes a scope may answer."""
+TOO_LONG = 431
+"""How it may answer to a URL or headers that are too long."""
 
 UNEXPECTED = (
     "an error on our side; it is in the service's log. Nothing was half-done: what the ledger holds is made live with "
@@ -193,7 +195,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "description": HTTPStatus(status).phrase,
             "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
         }
-        for status in sorted({*statuses, *OF_ACCESS})
+        for status in sorted({*statuses, *OF_ACCESS, TOO_LONG})
     }
 
 

@@ -9,7 +9,20 @@ from fastapi.sse import format_sse_event
 
 PING_EVERY_S = 15.0
 """Between two signs of life of a stream, so that nobody on the way takes it for dead."""
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "description": "Each event; its data is JSON.",
+                    "required": ["data"],
+                    "properties": {name: {"type": "string"} for name in ("event", "data", "id")},
+                }
+            }
+        }
+    }
+}
 """For OpenAPI."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
