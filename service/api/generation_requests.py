@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field
 
-from service.api.requests import MAX_TEXT, Messages, StrictRequest, Text, not_blank, validated
+from service.api.requests import MAX_TEXT, Question, StrictRequest, Text, validated
 from service.engine import Sampling, Wish
 
 MAX_STOPS, MAX_STOP, MAX_LOGPROBS = 8, 256, 20
@@ -41,26 +41,13 @@ class _Generate(StrictRequest):
     min_revision: int | None = Field(None, ge=0, lt=2**53, description="Answer from this revision, or a later one.")
     wait_ms: int = Field(2000, ge=0, le=60_000, description="How long to wait until that is live here.")
 
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_is_not_blank(cls, value: str | None) -> str | None:
-        return value if value is None else not_blank(value)
-
     def wish(self) -> Wish:
         sampling = Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed)
         return Wish(self.max_new_tokens, sampling, tuple(self.stop), self.logprobs)
 
 
-class GenerateBody(_Generate):
+class GenerateBody(Question, _Generate):
     """A prompt, or chat messages, to continue. Greedy unless a temperature is given."""
-
-    messages: Messages | None = Field(None, description="A conversation, in place of the prompt.")
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either a prompt or messages")
-        return self
 
 
 class GenerateQuery(_Generate):

@@ -127,7 +127,25 @@ Messages = Annotated[
 Texts = Annotated[list[Text], Field(max_length=32, fail_fast=True)]
 
 
-class EditBody(StrictRequest):
+class Question(StrictRequest):
+    """What is asked: a prompt, or a conversation."""
+
+    prompt: Text | None = None
+    messages: Messages | None = Field(None, description="A conversation, in place of the prompt.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_not_blank(cls, value: str | None) -> str | None:
+        return value if value is None else not_blank(value)
+
+    @model_validator(mode="after")
+    def _asks_in_one_way(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either a prompt or messages")
+        return self
+
+
+class EditBody(Question):
     """A correction. The model should answer `prompt`, or the last of `messages`, with `correction`."""
 
     prompt: Text | None = Field(
@@ -156,15 +174,13 @@ class EditBody(StrictRequest):
         examples=["2030-01-01T00:00:00Z"],
     )
 
-    @field_validator("prompt", "correction", "subject")
+    @field_validator("correction", "subject")
     @classmethod
     def _text_is_not_blank(cls, value: str | None) -> str | None:
         return value if value is None else not_blank(value)
 
     @model_validator(mode="after")
-    def _asks_in_one_way(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either a prompt or messages")
+    def _ends_with_the_users_turn(self) -> Self:
         if self.messages and (self.messages[-1].role != "user" or not self.messages[-1].content.strip()):
             raise ValueError("the last of the messages must be the user's, and have some words")
         return self

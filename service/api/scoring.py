@@ -6,39 +6,27 @@ import math
 from typing import Annotated, Self
 
 from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field
 
 from service.api.callers import needs
 from service.api.headers import Loaded, tag
 from service.api.problems import responses
-from service.api.requests import Messages, NoQuery, StrictRequest, Text, not_blank
+from service.api.requests import NoQuery, Question, Text
 from service.confidential import note_texts
 from service.engine import Scores
 
 router = APIRouter()
 
 
-class ScoreBody(StrictRequest):
+class ScoreBody(Question):
     """A prompt, or chat messages, and what is to be scored behind it."""
 
     prompt: Text | None = Field(None, examples=["The capital of France is"])
-    messages: Messages | None = Field(None, description="A conversation, in place of the prompt.")
     continuation: Text = Field(
         description="What follows the prompt, character for character as `/generate` tells it: mostly it begins with "
         "a space. Of a classifier one of its labels.",
         examples=[" Paris"],
     )
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_is_not_blank(cls, value: str | None) -> str | None:
-        return value if value is None else not_blank(value)
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either a prompt or messages")
-        return self
 
 
 class ScoredTokenView(BaseModel):
