@@ -20,8 +20,6 @@ SHOWN = ("host", "cookie", "x-request-id", "x-forwarded-proto", "traceparent")
 ORIGIN = ("origin", "sec-fetch-site")
 """The same of a change: the API decides whether a page of that origin may. Links from anywhere may lead to a page."""
 OWN_SITE = ("same-origin", "none")
-TIMEOUT_S = 660.0
-"""Longer than any change may take; the API has limits of its own."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,7 @@ class Api:
         sent = {name: value for name, value in sent.items() if value}
         asked = {name: value for name, value in (query or {}).items() if value not in (None, "")}
         transport = httpx.ASGITransport(self._app, raise_app_exceptions=False, client=self._client)
-        async with httpx.AsyncClient(
-            transport=transport, base_url=f"{self._scheme}://mend", timeout=TIMEOUT_S
-        ) as client:
+        async with httpx.AsyncClient(transport=transport, base_url=f"{self._scheme}://mend", timeout=None) as client:
             said = await client.request(method, path, params=asked, json=body, headers=sent)
         answer = Answer(said.status_code, said.json() if said.content else None, said.headers)
         if said.status_code >= 400:

@@ -39,15 +39,13 @@ class Chart:
 def stepped(series: Sequence[dict[str, Any]], name: str, *, percent: bool, limit: float | None = None) -> Chart | None:
     """One quantity of a series, which holds until the next entry; None if it was never known.
 
-    limit: what is drawn beside it, if it is not far beyond all values.
+    limit: what must not be exceeded.
     """
     known = [float(point[name]) for point in series if point[name] is not None]
     if not known:
         return None
     highest = max(known)
-    if limit is not None and (highest > 0 or limit <= 1):
-        highest = max(highest, limit)
-    highest = _round_up(highest, whole=not percent)
+    highest = _round_up(max(highest, limit or 0), whole=not percent)
 
     def x(place: float) -> float:
         return round(LEFT + (WIDTH - LEFT - RIGHT) * (place / max(1, len(series) - 1)), 1)
@@ -72,7 +70,7 @@ def stepped(series: Sequence[dict[str, Any]], name: str, *, percent: bool, limit
         tuple(dots) if len(dots) <= MOST_DOTS else (),
         tuple(Tick(x(place), f"{series[place]['revision']}") for place in places),
         tuple(Tick(y(value), told(value)) for value in (0, highest / 2, highest)),
-        None if limit is None or limit > highest else y(limit),
+        None if limit is None else y(limit),
     )
 
 

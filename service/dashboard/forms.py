@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +31,11 @@ class Form:
     def number(self, name: str) -> Any:
         """As JSON has it. What is none is passed on, so that it is the API that says what is wrong with it."""
         given = self[name].strip()
-        for kind in (int, float):
-            try:
-                return kind(given)
-            except ValueError:
-                continue
-        return given or None
+        try:
+            number = json.loads(given)
+        except ValueError:
+            return given or None
+        return number if isinstance(number, int | float) and math.isfinite(number) else given
 
 
 async def sent(request: Request) -> Form:

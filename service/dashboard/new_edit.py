@@ -11,6 +11,8 @@ from service.dashboard.api import Refused
 from service.dashboard.forms import Form, edit_body, edit_query, new_key
 from service.dashboard.visits import Submitted, Visit, Visitor, or_refused
 
+MOST_NAMED = 20
+"""Of the edits that would be lost, or are near."""
 TWIN = "/openapi.json"
 """What the form asks for; what it sends is shown as a command."""
 BASE_TOKENS = 16
@@ -69,6 +71,7 @@ async def _shown(
         body=body,
         seen={**known, **seen} if measured else None,
         base_text=None if base is None or isinstance(base, Refused) else base.body["text"],
+        losses=len(seen.get("lost") or checks.get("lost", [])),
         lost=await _named(visit, seen.get("lost") or checks.get("lost", [])),
         conflicts=await _named(visit, seen.get("conflicts") or checks.get("conflicts", [])),
         key=new_key(),
@@ -78,7 +81,7 @@ async def _shown(
 async def _named(visit: Visit, edits: list[Any]) -> list[dict[str, Any]]:
     """Edits with prompt and correction, of which some are known by their id alone."""
     named = []
-    for each in edits:
+    for each in edits[:MOST_NAMED]:
         known = each if isinstance(each, dict) else {"id": each}
         if "prompt" not in known:
             found = await visit.api.get(f"/edits/{known['id']}")

@@ -107,6 +107,23 @@ class TestEveryPage:
         assert "edit_not_found" in page.text
 
 
+class TestTheLedger:
+    def test_without_edits_shows_how_to_make_one(self, fresh):
+        page = read(fresh.get("/"))
+        assert "No edits yet" in page.text
+        assert f"curl -sS {ADDRESS}/edits" in page.text
+
+    def test_without_a_match_shows_how_to_ask_the_same(self, client):
+        page = read(client.get("/", params={"q": "nothing of the kind", "status": "applied"}))
+        assert "No edit matches" in page.text
+        assert "q=nothing+of+the+kind&status=applied" in page.text
+
+    def test_of_an_edit_names_it_in_json(self, client, bodies):
+        edit = client.post("/edits", json=bodies[0]).json()
+        twin = read(client.get(f"/ui/edits/{edit['id']}")).links["alternate"]
+        assert client.get(twin).json()["id"] == edit["id"]
+
+
 class TestSigningIn:
     @pytest.mark.parametrize("path", [*PAGES[:-1], "/?q=a%26b", "/ui/edits/edit_1"])
     def test_is_asked_for_and_leads_back(self, keyed, path):
@@ -226,6 +243,6 @@ def test_no_text_of_a_visitor_is_logged(client, bodies, caplog):
 
 
 def test_a_number_that_is_none_is_refused_by_the_api(client):
-    for given in ("x", "-1", "1e99", "9" * 30):
+    for given in ("x", "-1", "1e99", "9" * 30, "9" * 5000, "nan", "Infinity", "-inf", "true", "[1]", "1_0"):
         page = read(client.get("/ui/rollback", params={"revision": given}), 422)
         assert "invalid_request" in page.text

@@ -37,8 +37,7 @@ const follow = () => {
     if (!shown || shown.textContent === String(told.revision)) return;
     shown.textContent = told.revision;
     if ($("#active")) $("#active").textContent = told.active_edits;
-    if (page === "ledger") refreshLedger();
-    if (page === "health") replaceMain(location.href);
+    if (page in refreshed) refresh();
   });
   events.addEventListener("health", (event) => {
     const told = JSON.parse(event.data);
@@ -58,10 +57,12 @@ const follow = () => {
   };
 };
 
-const replaceMain = async (url) => {
-  const [answer, other] = await fetched(url);
+const replaceMain = async () => {
+  const [answer, other] = await fetched(location.href);
   const main = $("main", other);
-  if (answer.ok && main) $("#main").replaceChildren(...main.childNodes);
+  if (!answer.ok || !main) return;
+  $("#main").replaceChildren(...main.childNodes);
+  enhance();
 };
 
 // Ledger: rows that are there stay where they are, rows that arrive come above them.
@@ -70,7 +71,7 @@ const refreshLedger = async () => {
   const [answer, other] = await fetched(location.href);
   const theirs = $("table#edits", other), ours = $("table#edits");
   if (!answer.ok) return;
-  if (!theirs || !ours) return replaceMain(location.href);
+  if (!theirs || !ours) return replaceMain();
   const body = $("tbody", ours), rows = $$("tbody tr", theirs);
   const known = new Set(rows.map((row) => row.id));
   const full = rows.length >= Number(ours.dataset.limit);
@@ -93,6 +94,21 @@ const refreshLedger = async () => {
     const beyond = full && Number(row.dataset.revision) < oldest;
     if (!known.has(row.id) && !beyond) row.remove();
   }
+};
+
+// One at a time, and once more at the end if there was news meanwhile: what is older never replaces what is newer.
+const refreshed = { ledger: refreshLedger, health: replaceMain };
+let refreshing = false, news = false;
+
+const refresh = async () => {
+  news = true;
+  if (refreshing) return;
+  refreshing = true;
+  while (news) {
+    news = false;
+    await refreshed[page]().catch(() => {}); // the state of the connection is shown
+  }
+  refreshing = false;
 };
 
 // Keys. They act alone, so they can be switched off, and never where somebody types.
