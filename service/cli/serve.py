@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from service import heap
 from service.api.hosts import is_loopback
 from service.api.keys import KeysUnusable, read_keys, read_secret
 from service.cli.options import read_settings, with_settings
@@ -38,6 +39,7 @@ def serve(**flags: Any) -> None:
 
 
 def _serve(settings: Settings) -> None:
+    heap.settle()  # while there is one thread
     # First of all, so that what cannot be right is one clear line at once, before torch is imported.
     try:
         if settings.api_keys is not None:
