@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import serving
+from tests.e2e.server import Server, serving
 from tests.service_fixtures import save_base, save_editor
 
 PROMPT = "The capital of France is"
@@ -37,8 +38,23 @@ def test_is_corrected_and_taken_back(
         edits = [answer.json() for answer in made if answer.status_code == 201]
         assert edits
         assert server.get("/generate", prompt=PROMPT, max_new_tokens=4)["text"] == edits[-1]["after"]["text"] != asked
+        pages(server, edits[-1])
         for edit in edits:
             assert edit["checks"]["took"] is True
             assert server.client.delete(f"/edits/{edit['id']}").status_code == 200
         assert server.get("/model")["digest"] == pristine["digest"]
         assert server.get("/generate", prompt=PROMPT, max_new_tokens=4)["text"] == asked
+
+
+def pages(server: Server, edit: dict) -> None:
+    """The dashboard shows a model of any family."""
+    form = {"prompt": PROMPT, "correction": edit["correction"]}
+    for page, shown in (
+        (server.client.get("/"), edit["correction"]),
+        (server.client.get(f"/ui/edits/{edit['id']}"), edit["correction"]),
+        (server.client.get("/ui/health"), "Drawdown"),
+        (server.client.post("/ui/new", data={**form, "action": "preview"}), edit["correction"]),
+        (server.client.post("/ui/playground", data={"prompt": PROMPT, "max_new_tokens": "4"}), edit["after"]["text"]),
+    ):
+        assert page.status_code == 200, page.text
+        assert html.escape(shown, quote=False).strip() in page.text
