@@ -1,8 +1,8 @@
 """The C library's heap, in a process that serves for months.
 
 glibc keeps up to eight heaps for each core, and serves larger and larger blocks from them the more of those it has
-seen. Threads that work with tensors leave holes of many sizes in all of these, so that a service would grow for
-hours to three times what it uses. With few heaps and a fixed limit above which a block is mapped alone, and so is
+seen. Threads that work with tensors leave holes of many sizes in all of these, so that a service would grow
+to a multiple of what it uses. With few heaps and a fixed limit above which a block is mapped alone, and so is
 given back when it is freed, it stays near what it uses.
 """
 

@@ -62,6 +62,7 @@ async def _shown(
         wish = {"prompt": form["prompt"], "view": "base", "max_new_tokens": BASE_TOKENS}
         base = await or_refused(visit.api.ask("POST", "/generate", body=wish))
     checks = seen.get("checks") or {}
+    lost, conflicts = (seen.get(name) or checks.get(name, []) for name in ("lost", "conflicts"))
     known = {"before": None, "after": None, "checks": None, "scale": None, "best_margin_nats": None, "status": None}
     return visit.page(
         "new.html",
@@ -71,9 +72,9 @@ async def _shown(
         body=body,
         seen={**known, **seen} if measured else None,
         base_text=None if base is None or isinstance(base, Refused) else base.body["text"],
-        losses=len(seen.get("lost") or checks.get("lost", [])),
-        lost=await _named(visit, seen.get("lost") or checks.get("lost", [])),
-        conflicts=await _named(visit, seen.get("conflicts") or checks.get("conflicts", [])),
+        losses=len(lost),
+        lost=await _named(visit, lost),
+        conflicts=await _named(visit, conflicts),
         key=new_key(),
     )
 
